@@ -1,0 +1,1 @@
+"""Storage: bytes on disk that machines must agree on. No models, no process groups."""

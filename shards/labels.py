@@ -1,0 +1,107 @@
+"""Label files: the teacher's answers for one shard, as JSON lines after a header; written once and whole."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ShardError
+from shards.schema import PseudoLabel
+from shards.storage import atomic_write
+
+_VERSION = 1
+_REMEDY = "delete it and label again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelHeader:
+    """What the labels of a file were made from."""
+
+    shard: str
+    """File name of the tar."""
+    shard_sha256: str
+    teacher: str
+    """Fingerprint of the teacher's folder."""
+    settings: dict[str, Any]
+    """Everything else that decides the labels, JSON-able."""
+
+
+def label_path(folder: Path, shard: str) -> Path:
+    """``<folder>/<shard without .tar>.jsonl``."""
+    return folder / f"{shard.removesuffix('.tar')}.jsonl"
+
+
+def write_labels(path: Path, header: LabelHeader, labels: Sequence[PseudoLabel]) -> None:
+    """Write a label file atomically; equal labels give equal bytes, and log-probabilities come back exactly."""
+    body = "".join(_line(asdict(label)) for label in labels).encode()
+    first = {
+        "version": _VERSION,
+        **asdict(header),
+        "num_labels": len(labels),
+        "labels_sha256": hashlib.sha256(body).hexdigest(),
+    }
+    with atomic_write(path) as file:
+        file.write(_line(first).encode())
+        file.write(body)
+
+
+def read_header(path: Path) -> LabelHeader | None:
+    """The header alone, without looking at the labels; None if there is no such file.
+
+    Raises:
+        ShardError: The file is there and does not begin with a header.
+    """
+    try:
+        with path.open("rb") as file:
+            return _header(path, file.readline())[0]
+    except FileNotFoundError:
+        return None
+    except OSError as cause:
+        raise ShardError(f"{path} must be a label file, got {cause.strerror!r}; {_REMEDY}") from cause
+
+
+def read_labels(path: Path) -> tuple[LabelHeader, list[PseudoLabel]]:
+    """A whole label file, checked against the count and the hash in its header.
+
+    Raises:
+        ShardError: It is missing, cut or damaged.
+    """
+    try:
+        first, newline, body = path.read_bytes().partition(b"\n")
+    except OSError as cause:
+        raise ShardError(f"{path} must be readable, got {cause.strerror!r}; run the label stage") from cause
+    header, num_labels, digest = _header(path, first + newline)
+    if (found := body.count(b"\n")) != num_labels:
+        raise ShardError(f"{path} must hold {num_labels} labels, got {found}; {_REMEDY}")
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise ShardError(f"{path} must have the hash in its header, got another; it is damaged, {_REMEDY}")
+    try:
+        labels = [_label(json.loads(line)) for line in body.decode().split("\n")[:-1]]
+    except (ValueError, TypeError, KeyError) as cause:
+        raise ShardError(f"{path} must hold one pseudo-label a line, got {cause}; {_REMEDY}") from cause
+    return header, labels
+
+
+def _header(path: Path, line: bytes) -> tuple[LabelHeader, int, str]:
+    try:
+        values = json.loads(line)
+        if (version := values.pop("version")) != _VERSION:
+            raise ShardError(f"{path} must be of version {_VERSION}, got {version!r}; {_REMEDY}")
+        num_labels, digest = int(values.pop("num_labels")), str(values.pop("labels_sha256"))
+        return LabelHeader(**values), num_labels, digest
+    except ShardError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as cause:
+        raise ShardError(f"{path} must begin with a header, got {line[:80]!r}; {_REMEDY}") from cause
+
+
+def _label(values: dict[str, Any]) -> PseudoLabel:
+    values["token_ids"] = tuple(values["token_ids"])
+    values["token_logprobs"] = tuple(values["token_logprobs"])
+    return PseudoLabel(**values)
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
