@@ -1,0 +1,80 @@
+"""Utterances and their responses to one packed :class:`~qad_dist.batch.Batch`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qad_dist.asr.audio_tower import num_audio_tokens
+from qad_dist.asr.mel import log_mel, num_frames
+from qad_dist.asr.prompt import Prompt
+from qad_dist.batch import Batch
+from shards.schema import SAMPLE_RATE_HZ
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One utterance with the response to distil."""
+
+    key: str
+    audio_A: np.ndarray
+    """float32 mono at 16 kHz."""
+    response_ids: Sequence[int]
+    """Language tag to end token."""
+    kl_weight: float = 1.0
+    ce_weight: float = 1.0
+
+
+def num_packed_tokens(prompt: Prompt, *, duration_seconds: float, num_response_tokens: int) -> int:
+    """Positions that an utterance takes in a batch: prompt, audio and response."""
+    frames = num_frames(round(duration_seconds * SAMPLE_RATE_HZ))
+    return prompt.num_prompt_tokens(num_audio_tokens(frames)) + num_response_tokens
+
+
+def collate(examples: Sequence[Example], *, prompt: Prompt, extractor: Any) -> Batch:
+    """Pack utterances one behind the other.
+
+    Args:
+        examples: At least one; each with at least one response token.
+        prompt: The model's prompt.
+        extractor: Its feature extractor.
+
+    Returns:
+        A batch on the host. The last token of each response is in it, although nothing follows it: its row is the one
+        before, and leaving it out would give utterances two lengths.
+    """
+    mels = [log_mel(example.audio_A, extractor) for example in examples]
+    ids: list[int] = []
+    positions: list[int] = []
+    boundaries, rows, targets = [0], [], []
+    audio_positions: list[int] = []
+    for example, mel in zip(examples, mels, strict=True):
+        audio_tokens = num_audio_tokens(mel.shape[1])
+        prompt_ids = prompt.build(audio_tokens)
+        start = len(ids)
+        # Counted, not searched for: a response may hold the placeholder's id, and no audio belongs there.
+        first_audio = start + len(prompt.prefix_ids)
+        audio_positions += range(first_audio, first_audio + audio_tokens)
+        ids += [*prompt_ids, *example.response_ids]
+        positions += range(len(ids) - start)
+        boundaries.append(len(ids))
+        first_row = start + len(prompt_ids) - 1
+        rows += range(first_row, first_row + len(example.response_ids))
+        targets += example.response_ids
+    counts = torch.tensor([len(example.response_ids) for example in examples])
+    return Batch(
+        keys=tuple(example.key for example in examples),
+        input_ids_N=torch.tensor(ids),
+        position_ids_N=torch.tensor(positions),
+        cu_seqlens_U1=torch.tensor(boundaries, dtype=torch.int32),
+        audio_positions_P=torch.tensor(audio_positions),
+        mel_MF=torch.cat(mels, dim=1),
+        mel_lengths_U=torch.tensor([mel.shape[1] for mel in mels]),
+        rows_R=torch.tensor(rows),
+        targets_R=torch.tensor(targets),
+        kl_weight_R=torch.tensor([e.kl_weight for e in examples]).repeat_interleave(counts),
+        ce_weight_R=torch.tensor([e.ce_weight for e in examples]).repeat_interleave(counts),
+        weighted_rows=len(rows),
+    )

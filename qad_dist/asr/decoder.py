@@ -1,0 +1,79 @@
+"""The decoder on packed batches: what teacher and student share, and the stack of layers that tells them apart.
+
+Teacher and student have the same frozen audio tower, embeddings, final norm and LM head. :func:`embed` therefore runs
+once per micro-batch for both; only :class:`DecoderStack` runs twice, and only the student's is trained and sharded.
+
+Dimension key: N packed tokens, R response rows, D width, E head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qad_dist.asr.attention import Segments
+from qad_dist.asr.audio_tower import encode
+from qad_dist.asr.load import AsrModel
+from qad_dist.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedBatch:
+    """A micro-batch behind embeddings and audio tower: the input of either stack."""
+
+    hidden_ND: Tensor
+    cos_1NE: Tensor
+    sin_1NE: Tensor
+    segments: Segments
+    rows_R: Tensor
+
+
+class DecoderStack(nn.Module):
+    """The decoder's layers alone, called on one packed row: the module that the training engine owns.
+
+    Rotary angles come from outside, so that they are computed once for teacher and student; embeddings, final norm and
+    LM head stay outside, so that nothing frozen is ever sharded.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> Tensor:
+        """Run all layers; returns ``[N, D]`` before the final norm."""
+        hidden_1ND = hidden_ND.unsqueeze(0)
+        for layer in self.layers:
+            hidden_1ND = layer(
+                hidden_1ND, position_embeddings=(cos_1NE, sin_1NE), attention_mask=None, segments=segments
+            )
+        return hidden_1ND.squeeze(0)
+
+
+@torch.no_grad()
+def embed(model: AsrModel, batch: Batch) -> EmbeddedBatch:
+    """Token embeddings with the audio tower's output in place, and the rotary angles.
+
+    Args:
+        model: Either model: these parts are shared.
+        batch: On the model's device.
+    """
+    decoder = model.decoder
+    audio_PD = encode(model.audio_tower, batch.mel_MF, batch.mel_lengths_U, audio_attention=model.audio_attention)
+    hidden_ND = decoder.embed_tokens(batch.input_ids_N)
+    hidden_ND = hidden_ND.index_copy(0, batch.audio_positions_P, audio_PD)
+    cos_1NE, sin_1NE = decoder.rotary_emb(hidden_ND, batch.position_ids_N[None])
+    segments = Segments.from_lengths(batch.cu_seqlens_U1.diff().long(), causal=True, device=hidden_ND.device)
+    return EmbeddedBatch(hidden_ND, cos_1NE, sin_1NE, segments, batch.rows_R)
+
+
+def response_states(stack: Any, embedded: EmbeddedBatch, norm: nn.Module) -> Tensor:
+    """Final hidden states at the response rows: ``[R, D]``, what the LM head reads.
+
+    Args:
+        stack: A :class:`DecoderStack`, or a training engine around one.
+        embedded: From :func:`embed`.
+        norm: The shared final norm.
+    """
+    hidden_ND = stack(embedded.hidden_ND, embedded.cos_1NE, embedded.sin_1NE, embedded.segments)
+    return norm(hidden_ND.index_select(0, embedded.rows_R))

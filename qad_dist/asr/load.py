@@ -1,0 +1,182 @@
+"""Load a Qwen3-ASR checkpoint as this project uses it: frozen, with segment attention, with its prompt."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qwen_asr  # noqa: F401  registers the model with transformers' Auto classes
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from qad_dist.asr.attention import SEGMENT_ATTENTION, register
+from qad_dist.asr.prompt import Prompt
+from qad_dist.config import ModelConfig
+from qad_dist.runtime.logs import prints_as_debug
+from shards.errors import ModelError
+from shards.storage import fingerprint, sha256_file
+
+log = logging.getLogger(__name__)
+
+MODELOPT_STATE = "modelopt_state.pth"
+"""Beside the weights of a folder that ModelOpt quantized."""
+LINEARS_PER_LAYER = 7
+PROCESSOR_FILES = (
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+"""What a checkpoint holds beside config and weights; copied verbatim from the base model, never re-saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsrModel:
+    """A loaded checkpoint and everything needed to talk to it."""
+
+    model: Any
+    """``Qwen3ASRForConditionalGeneration``, in evaluation mode, no parameter requiring gradients."""
+    processor: Any
+    prompt: Prompt
+    folder: Path
+    audio_attention: str
+
+    @property
+    def audio_tower(self) -> nn.Module:
+        """``thinker.audio_tower``."""
+        return self.model.thinker.audio_tower
+
+    @property
+    def decoder(self) -> Any:
+        """``thinker.model``: embeddings, layers, final norm."""
+        return self.model.thinker.model
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The tied LM head."""
+        return self.model.thinker.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight_VD.device
+
+    @property
+    def extractor(self) -> Any:
+        """The feature extractor for :func:`qad_dist.asr.mel.log_mel`."""
+        return self.processor.feature_extractor
+
+
+def resolve_model_folder(path: str, revision: str | None = None, *, setting: str = "model.path") -> Path:
+    """Folder of a checkpoint; a hub id is downloaded first, because a quantizer state is only found in a folder.
+
+    Args:
+        path: Folder or hub id.
+        revision: Commit of the hub id.
+        setting: The one that named it, for messages.
+
+    Raises:
+        ModelError: It is neither a checkpoint's folder nor a hub id that can be had.
+    """
+    folder = Path(path)
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(path, revision=revision))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+            reason = str(cause).splitlines()[0]
+            raise ModelError(
+                f"{setting} must be a checkpoint's folder or a hub id within reach, got {path!r} ({reason}); "
+                "download it and name the folder"
+            ) from cause
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{setting} must be a folder with config.json, got {path!r}; name a Qwen3-ASR checkpoint")
+    return folder
+
+
+def load_model(
+    folder: Path, *, dtype: str, audio_attention: str, device: torch.device, quantized: bool = False
+) -> AsrModel:
+    """Load a checkpoint.
+
+    Args:
+        folder: From :func:`resolve_model_folder`.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        audio_attention: ``windowed`` or ``full``.
+        device: Where to put it.
+        quantized: Whether ModelOpt's state is expected beside the weights. The caller has enabled ModelOpt's
+            checkpointing (``quant.state``) then; otherwise the state would be ignored without a word.
+
+    Raises:
+        ModelError: Not a Qwen3-ASR checkpoint, files missing or unreadable, or quantized when it should not be
+            (a teacher) or not when it should.
+    """
+    if (folder / MODELOPT_STATE).exists() != quantized:
+        have, want = ("", "no ") if not quantized else ("no ", "")
+        raise ModelError(
+            f"{folder} must have {want}{MODELOPT_STATE} here, got {have}such file; "
+            f"name a {'quantized' if quantized else 'full-precision'} checkpoint"
+        )
+    register()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "qwen3_asr":
+            raise ModelError(f"{folder} must hold a qwen3_asr model, got {config.model_type!r}; name another folder")
+        with prints_as_debug(log):  # ModelOpt's, for a quantized checkpoint
+            model, report = AutoModel.from_pretrained(
+                folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+            )
+        processor = AutoProcessor.from_pretrained(folder, fix_mistral_regex=True)
+    # ImportError: without tokenizer files transformers looks for a converter that is not installed.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as cause:
+        if isinstance(cause, ModelError):
+            raise
+        reason = str(cause).strip().splitlines()[0]
+        raise ModelError(f"{folder} must be a complete Qwen3-ASR checkpoint, got: {reason}") from cause
+    # The tied head is stored once or twice; both are complete.
+    missing = [name for name in report["missing_keys"] if not name.endswith("lm_head.weight")]
+    if missing or report["mismatched_keys"]:
+        names = [*missing, *(str(entry[0]) for entry in report["mismatched_keys"])]
+        raise ModelError(f"{folder} must hold every weight of its config, got {len(names)} missing, first {names[0]}")
+    head, embedding = model.thinker.lm_head, model.thinker.model.embed_tokens
+    is_stored = not any(name.endswith("lm_head.weight") for name in report["missing_keys"])
+    if is_stored and not torch.equal(head.weight, embedding.weight):
+        raise ModelError(f"{folder} must tie lm_head to the embedding, got a head of its own; it is not supported")
+    head.weight = embedding.weight
+    for part in (model.thinker.audio_tower, model.thinker.model):
+        part.config._attn_implementation = SEGMENT_ATTENTION
+    model.eval().requires_grad_(False).to(device)
+    loaded = AsrModel(model, processor, Prompt.from_processor(processor), folder, audio_attention)
+    count_decoder_linears(loaded.decoder)
+    return loaded
+
+
+def load_teacher(config: ModelConfig, device: torch.device, *, dtype: str | None = None) -> AsrModel:
+    """The full-precision model of a run's ``model:`` section (``dtype`` instead of the section's, if given)."""
+    folder = resolve_model_folder(config.path, config.revision)
+    return load_model(folder, dtype=dtype or config.dtype, audio_attention=config.audio_attention, device=device)
+
+
+def count_decoder_linears(decoder: Any) -> int:
+    """Number of Linear layers in the decoder.
+
+    Raises:
+        ModelError: It is not 7 for each layer: this project would quantize the wrong thing.
+    """
+    num_linears = sum(isinstance(module, nn.Linear) for module in decoder.modules())
+    num_layers = len(decoder.layers)
+    if num_linears != LINEARS_PER_LAYER * num_layers:
+        raise ModelError(
+            f"the decoder must have {LINEARS_PER_LAYER} Linear layers in each of its {num_layers} layers, "
+            f"got {num_linears} in all; this architecture is not supported"
+        )
+    return num_linears
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hex sha256 over the names and contents of a checkpoint's files: which model it is, wherever it lies."""
+    names = sorted(f.name for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".pth"))
+    return fingerprint([(name, sha256_file(folder / name)) for name in names])

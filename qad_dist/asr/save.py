@@ -1,0 +1,44 @@
+"""Write a checkpoint in the base model's layout: config, tokenizer and preprocessor verbatim, head stored once."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qad_dist.asr.load import PROCESSOR_FILES
+from qad_dist.runtime.logs import prints_as_debug
+from shards.storage import atomic_folder
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None:
+    """Write ``model`` to ``folder``, whole or not at all, with a manifest of hashes.
+
+    ``save_pretrained`` (which ModelOpt extends by its state file) writes the weights. What it writes beside them is
+    replaced by the base model's own files: it changes ``thinker_config.model_type``, and a re-saved tokenizer differs.
+
+    Args:
+        model: ``Qwen3ASRForConditionalGeneration``, on any device.
+        folder: Replaced if it exists.
+        base: The checkpoint that the model was made from.
+        dtype: Of the weights, as the config shall say.
+    """
+    with atomic_folder(folder) as temporary:
+        with prints_as_debug(log):
+            model.save_pretrained(temporary, safe_serialization=True)
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        for section in (config, config.get("thinker_config", {})):
+            if "torch_dtype" in section:
+                section["torch_dtype"] = dtype
+            if "dtype" in section:
+                section["dtype"] = dtype
+        (temporary / "config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        for name in PROCESSOR_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, temporary / name)
+            else:
+                (temporary / name).unlink(missing_ok=True)

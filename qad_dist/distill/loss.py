@@ -1,0 +1,144 @@
+"""Distillation loss on response rows, through a frozen LM head, without ever holding all logits.
+
+``L = sum_r  w_kl[r] * T^2 * KL(teacher_r || student_r)  +  w_ce[r] * CE(target_r, student_r)``
+
+The head is frozen, so the gradient with respect to the student's hidden states is all that backward needs. It is
+computed chunk by chunk in the forward pass, while the chunk's probabilities exist, and no gradient of the head's
+weight is formed: nothing of size [R, V] outlives a chunk.
+
+Dimension key: R response rows, C rows of a chunk, V vocabulary, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Sums over the rows of one micro-batch; the caller divides by the step's rows over all ranks."""
+
+    loss: Tensor
+    """Differentiable scalar, weights applied; float32."""
+    kl: Tensor
+    """Scalar: KL in nats at temperature 1 x T^2, unweighted, over rows of positive weight; float32, detached."""
+    ce: Tensor
+    """Scalar: cross-entropy in nats, likewise."""
+    agreements: Tensor
+    """Scalar: rows on which both models prefer the same token, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMetrics:
+    """How near the student is to the teacher, row by row."""
+
+    kl_R: Tensor
+    """KL(teacher to student) in nats, float32."""
+    ce_R: Tensor
+    """Cross-entropy of the targets in nats, float32."""
+    agrees_R: Tensor
+    """bool: both prefer the same token."""
+
+
+def distillation_loss(
+    student_RD: Tensor,
+    teacher_RD: Tensor,
+    head_VD: Tensor,
+    targets_R: Tensor,
+    *,
+    kl_weight_R: Tensor,
+    ce_weight_R: Tensor,
+    temperature: float,
+    chunk_rows: int,
+) -> LossSums:
+    """Sum of the weighted KL and cross-entropy over response rows.
+
+    Args:
+        student_RD: Hidden states behind the final norm; the only input that gets a gradient.
+        teacher_RD: The teacher's at the same rows.
+        head_VD: The frozen LM head that both share.
+        targets_R: int64, the teacher's tokens.
+        kl_weight_R: float32, lambda included; 0 leaves a row out of the KL.
+        ce_weight_R: float32, lambda included.
+        temperature: Divides both logits in the KL, > 0. The factor T^2 keeps the gradient's size.
+        chunk_rows: Rows whose logits exist at once.
+
+    Source:
+        Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    loss, kl, ce, agreements = _ChunkedDistillation.apply(
+        student_RD, teacher_RD.detach(), head_VD.detach(), targets_R, kl_weight_R, ce_weight_R, temperature, chunk_rows
+    )
+    return LossSums(loss, kl, ce, agreements)
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_RD: Tensor,
+        teacher_RD: Tensor,
+        head_VD: Tensor,
+        targets_R: Tensor,
+        kl_weight_R: Tensor,
+        ce_weight_R: Tensor,
+        temperature: float,
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sums = torch.zeros(4, dtype=torch.float32, device=student_RD.device)
+        gradient_RD = torch.empty_like(student_RD)
+        counts_R = ((kl_weight_R > 0) | (ce_weight_R > 0)).float()
+        for start in range(0, len(targets_R), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            student_CV = (student_RD[rows] @ head_VD.T).float()
+            teacher_CV = (teacher_RD[rows] @ head_VD.T).float()
+            agrees_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
+            # float32: in bf16 the sum over V loses about two decimal digits.
+            log_student_CV = F.log_softmax(student_CV / temperature, dim=-1)
+            log_teacher_CV = F.log_softmax(teacher_CV.div_(temperature), dim=-1)
+            teacher_probability_CV = log_teacher_CV.exp()
+            kl_C = (teacher_probability_CV * (log_teacher_CV - log_student_CV)).sum(-1) * temperature**2
+            log_plain_CV = log_student_CV if temperature == 1 else F.log_softmax(student_CV, dim=-1)
+            ce_C = -log_plain_CV.gather(1, targets_R[rows, None]).squeeze(1)
+            kl_weight_C, ce_weight_C, count_C = kl_weight_R[rows], ce_weight_R[rows], counts_R[rows]
+            sums += torch.stack(
+                [
+                    (kl_weight_C * kl_C + ce_weight_C * ce_C).sum(),
+                    (count_C * kl_C).sum(),
+                    (count_C * ce_C).sum(),
+                    (count_C * agrees_C).sum(),
+                ]
+            )
+            gradient_CV = (log_student_CV.exp() - teacher_probability_CV) * (kl_weight_C * temperature)[:, None]
+            gradient_CV += log_plain_CV.exp_() * ce_weight_C[:, None]
+            gradient_CV.scatter_add_(1, targets_R[rows, None], -ce_weight_C[:, None])
+            gradient_RD[rows] = gradient_CV.to(head_VD.dtype) @ head_VD
+        ctx.save_for_backward(gradient_RD)
+        loss, kl, ce, agreements = sums.unbind()
+        ctx.mark_non_differentiable(kl, ce, agreements)
+        return loss, kl, ce, agreements
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_RD,) = ctx.saved_tensors
+        return gradient_RD * gradients[0].to(gradient_RD.dtype), *([None] * 7)
+
+
+@torch.no_grad()
+def row_metrics(
+    student_RD: Tensor, teacher_RD: Tensor, head_VD: Tensor, targets_R: Tensor, *, chunk_rows: int
+) -> RowMetrics:
+    """KL, cross-entropy and agreement of each response row at temperature 1, for evaluation."""
+    kl, ce, agrees = [], [], []
+    for start in range(0, len(targets_R), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        student_CV = (student_RD[rows] @ head_VD.T).float()
+        teacher_CV = (teacher_RD[rows] @ head_VD.T).float()
+        agrees.append(student_CV.argmax(-1) == teacher_CV.argmax(-1))
+        log_student_CV, log_teacher_CV = F.log_softmax(student_CV, dim=-1), F.log_softmax(teacher_CV, dim=-1)
+        kl.append((log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1))
+        ce.append(-log_student_CV.gather(1, targets_R[rows, None]).squeeze(1))
+    return RowMetrics(torch.cat(kl), torch.cat(ce), torch.cat(agrees))

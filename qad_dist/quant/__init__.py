@@ -1,0 +1,1 @@
+"""Quantization of the decoder: recipe, calibration, folding, state. Nothing else imports modelopt."""

@@ -1,0 +1,78 @@
+"""What ranks decide together: small objects, on the host. Every function is a no-op without a process group."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from shards.errors import QadError, WorldError
+
+Value = TypeVar("Value")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    all_gather_objects(None)
+
+
+def all_gather_objects(value: Value) -> list[Value]:
+    """The values of all ranks, in rank order. They must be picklable and small."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Value | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]  # every place was filled
+
+
+def all_raise(error: QadError | None) -> None:
+    """Raise on every rank what any rank brings; return on every rank when none does.
+
+    Ranks that go on while one has failed would wait for it in their next collective until that times out.
+
+    Args:
+        error: This rank's failure, or None. The lowest failing rank's is the one that all raise.
+
+    Raises:
+        QadError: Of the type and with the message of the failing rank's.
+    """
+    outcomes = all_gather_objects(None if error is None else (type(error), str(error)))
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            kind, message = outcome
+            shared = kind(message if rank == 0 or len(outcomes) == 1 else f"rank={rank} {message}")
+            shared.is_shared = len(outcomes) > 1
+            raise shared from error
+
+
+def run_on_main(function: Callable[[], Value]) -> Value:
+    """Call ``function`` on rank 0 only and give its result to every rank.
+
+    Raises:
+        QadError: What ``function`` raised; on every rank.
+        WorldError: On the other ranks, when ``function`` raised anything else (rank 0 raises that itself).
+    """
+    if not dist.is_initialized():
+        return function()
+    if dist.get_rank() == 0:
+        outcome: tuple[str, object] = ("failed", None)
+        try:
+            outcome = ("value", function())
+        except QadError as error:
+            error.is_shared = True
+            outcome = ("error", (type(error), str(error)))
+            raise
+        finally:
+            # Also when an unforeseen error flies: the others must not wait for a result that never comes.
+            dist.broadcast_object_list([outcome], src=0)
+        return outcome[1]  # type: ignore[return-value]  # an error has left by now
+    received: list[tuple[str, object]] = [("failed", None)]
+    dist.broadcast_object_list(received, src=0)
+    state, content = received[0]
+    if state == "error":
+        kind, message = content  # type: ignore[misc]  # what rank 0 put there
+        shared: QadError = kind(message)
+        shared.is_shared = True
+        raise shared
+    if state == "failed":
+        raise WorldError("rank 0 must finish its part, got an error there; see its traceback")
+    return content  # type: ignore[return-value]

@@ -1,0 +1,214 @@
+"""What each stage leaves behind: ``<run>/<stage>/done.json``, and what it says about the stages that follow.
+
+A stage is finished when its record is there; it is up to date when the record was made from what it would read today:
+its settings, the model, the files it begins with, and the same records of the earlier stages.
+"""
+
+import functools
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qad_dist.config import RunConfig
+from qad_dist.runtime.world import command_line
+from shards.errors import StageError
+from shards.storage import atomic_write, fingerprint, read_json, settle_interrupted, sha256_file, write_json
+
+STAGES = ("pack", "label", "quantize", "train", "score", "export")
+
+DONE = "done.json"
+"""Written last: a stage's folder without it is not finished."""
+
+STUDENT = "student"
+"""Folder below ``<run>/quantize`` and ``<run>/train``: a checkpoint that loads with ModelOpt's state."""
+
+READS = {
+    "pack": (),
+    "label": ("pack",),
+    "quantize": ("pack", "label"),
+    "train": ("pack", "label", "quantize"),
+    "score": ("pack", "quantize", "train"),
+    "export": ("pack", "train"),
+}
+"""The earlier stages that each stage reads."""
+
+WITHOUT_EFFECT = {
+    "pack": {"processes"},
+    "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
+}
+"""Settings that change how fast or how loud a stage is, not what it makes."""
+
+_PACKAGES = (
+    *("qad-dist", "torch", "transformers", "qwen-asr", "nvidia-modelopt", "accelerate", "deepspeed"),
+    *("webdataset", "soundfile", "soxr", "jiwer", "numpy", "pyarrow", "pydantic"),
+)
+
+
+_begun: dict[Path, dict[str, Any]] = {}
+"""What stages of this process read when they began: their records are made of it, whatever changes meanwhile."""
+
+
+def stage_inputs(run: RunConfig, stage: str) -> dict[str, Any]:
+    """Everything that decides what ``stage`` makes, as JSON-able values.
+
+    Raises:
+        StageError: An earlier stage that it reads is not finished.
+    """
+    return {**_told_by_config(run, stage), "stages": _earlier(run, stage), "files": _files(run, stage)}
+
+
+def is_finished(run: RunConfig, stage: str) -> bool:
+    """Whether the stage's record is there and was made from what the stage would read today."""
+    if not (run.stage_folder(stage) / DONE).is_file():
+        return False
+    if not all(is_finished(run, earlier) for earlier in READS[stage]):
+        return False
+    return read_json(run.stage_folder(stage) / DONE)["fingerprint"] == fingerprint(stage_inputs(run, stage))
+
+
+def begin_stage(run: RunConfig, stage: str) -> Path:
+    """Make the stage's folder and take back its record; what an interrupted start left there stays. One rank only.
+
+    Raises:
+        StageError: The folder cannot be made or written to.
+    """
+    folder = run.stage_folder(stage)
+    # The record is removed by way of the folder's permissions; a file written now also proves that there is space.
+    with atomic_write(folder / ".writable") as file:
+        file.write(b"\n")
+    (folder / ".writable").unlink()
+    (folder / DONE).unlink(missing_ok=True)
+    if stage != "label":  # there another job may be writing
+        settle_interrupted(folder)
+    _begun[folder] = stage_inputs(run, stage)
+    return folder
+
+
+def finish_stage(run: RunConfig, stage: str, results: dict[str, Any]) -> None:
+    """Write the stage's record: from now on later stages may read its folder. One rank only, after everything else.
+
+    Args:
+        run: The resolved config.
+        stage: One of :data:`STAGES`.
+        results: What the stage has to say for itself, JSON-able: counts, seconds, fingerprints of what it wrote.
+    """
+    inputs = _begun.pop(run.stage_folder(stage), None) or stage_inputs(run, stage)
+    record = {
+        "stage": stage,
+        "fingerprint": fingerprint(inputs),
+        "inputs": inputs,
+        "results": results,
+        "config": run.model_dump(mode="json"),
+        "versions": package_versions(),
+        "command": command_line(),
+    }
+    write_json(run.stage_folder(stage) / DONE, record)
+
+
+def require_stage(run: RunConfig, stage: str) -> dict[str, Any]:
+    """The record of an earlier stage, which must be finished and made with this config.
+
+    Files outside the run folder are not looked at again: recordings may be gone once they are packed.
+
+    Raises:
+        StageError: The record is missing, or was made with other settings or other earlier stages.
+    """
+    folder = run.stage_folder(stage)
+    if not (folder / DONE).is_file():
+        raise StageError(
+            f"{folder} must be finished before this stage, got no {DONE}; run `{stage_command(stage)}` first"
+        )
+    record = read_json(folder / DONE)
+    present = {**_told_by_config(run, stage), "stages": _earlier(run, stage)}
+    recorded = _flat(record["inputs"])
+    changed = sorted(name for name, value in _flat(present).items() if recorded.get(name) != value)
+    if changed:
+        raise StageError(
+            f"{folder} must be made with this config, got other values of {', '.join(changed)}; "
+            f"run `{stage_command(stage)}` again or undo the change"
+        )
+    return record
+
+
+def stage_command(stage: str) -> str:
+    """The line that a user types to run one stage."""
+    return f"{'python' if stage == 'pack' else 'accelerate launch'} launch/{stage}.py --config ..."
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide results, by name; a package that is not installed is left out."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _told_by_config(run: RunConfig, stage: str) -> dict[str, Any]:
+    section = getattr(run, stage).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(stage))
+    told = {"seed": run.seed, stage: section}
+    return told if stage == "pack" else {**told, "model": run.model.model_dump(mode="json")}
+
+
+def _earlier(run: RunConfig, stage: str) -> dict[str, str]:
+    records = {}
+    for earlier in READS[stage]:
+        path = run.stage_folder(earlier) / DONE
+        if not path.is_file():
+            raise StageError(f"{path} must exist, got no such file; run `{stage_command(earlier)}` first")
+        records[earlier] = read_json(path)["fingerprint"]
+    return records
+
+
+def _files(run: RunConfig, stage: str) -> dict[str, str]:
+    """Fingerprints of what lies outside the run folder."""
+    if stage == "pack":
+        return {path: _identity(Path(path)) for path in run.pack.inputs}
+    paths = [run.model.path]
+    if stage == "train":
+        paths.append(run.train.deepspeed)
+    if stage == "score":
+        paths += run.score.systems.values()
+    return {path: _contents(Path(path)) for path in paths}
+
+
+def _identity(path: Path) -> str:
+    """Of a manifest its bytes; of a folder of recordings names and sizes (a link to nothing counts as a name)."""
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():  # nothing there: the stage itself says so
+        return ""
+    sizes = [
+        [os.path.relpath(os.path.join(folder, name), path), os.lstat(os.path.join(folder, name)).st_size]
+        for folder, _, names in os.walk(path)
+        for name in names
+    ]
+    return fingerprint(sorted(sizes))
+
+
+def _contents(path: Path) -> str:
+    """Of a file or of a checkpoint's folder all bytes: another training of the same model has the same sizes."""
+    if not path.exists():  # a hub id, or nothing: the stage itself says so
+        return ""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return fingerprint([(file.name, _sha256_once(file, *_state_of(file))) for file in files])
+
+
+def _state_of(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.cache
+def _sha256_once(file: Path, size: int, modified_ns: int) -> str:
+    return sha256_file(file)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat

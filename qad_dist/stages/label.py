@@ -1,0 +1,171 @@
+"""label: the teacher decodes every shard, each rank its own; a missing label file is work to do."""
+
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qad_dist.asr.load import AsrModel, load_teacher, model_fingerprint
+from qad_dist.asr.transcribe import transcribe
+from qad_dist.config import RunConfig
+from qad_dist.runtime.collectives import barrier, run_on_main
+from qad_dist.runtime.record import begin_stage, finish_stage, require_stage
+from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
+from shards.errors import ShardError
+from shards.index import ShardEntry, read_index, read_utterances
+from shards.labels import LabelHeader, label_path, read_header, read_labels, write_labels
+from shards.plan import plan_decoding
+from shards.read import read_many
+from shards.schema import ENDED_BY_LENGTH, PseudoLabel, Utterance
+
+log = logging.getLogger(__name__)
+
+FINISH_LINE_SECONDS = 7 * 24 * 3600
+"""How long a rank that is done waits for the others; a rank that died ends them all through its launcher."""
+
+
+def run(run: RunConfig) -> None:
+    """Label all shards of ``label.splits``.
+
+    Raises:
+        QadError: The packed shards are missing or damaged, or the teacher cannot be loaded.
+    """
+    with joined_world(FINISH_LINE_SECONDS) as world:
+        require_stage(run, "pack")
+        by_shard = _utterances_by_shard(run)
+        _check_world(world, by_shard)
+        run_on_main(lambda: begin_stage(run, "label"))
+        teacher = load_teacher(run.model, device_for(world))
+        fingerprint = model_fingerprint(teacher.folder)
+        _label_own_shards(run, teacher, fingerprint, by_shard, world)
+        barrier()
+        run_on_main(lambda: finish_stage(run, "label", results=_summary(run, by_shard, fingerprint)))
+
+
+def verify(run: RunConfig) -> None:
+    """Check that every utterance of ``label.splits`` has exactly one label, made from the shard in the index.
+
+    Raises:
+        ShardError: Names the first label file that is missing, damaged, stale or incomplete.
+    """
+    hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
+    num_labels = 0
+    for shard, utterances in _utterances_by_shard(run).items():
+        path = label_path(run.stage_folder("label"), shard)
+        header, labels = read_labels(path)
+        if header.shard_sha256 != hashes[shard]:
+            raise ShardError(f"{path} must label the shard that is in the index, got another one; label again")
+        if [label.key for label in labels] != [utterance.key for utterance in utterances]:
+            raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
+        num_labels += len(labels)
+    log.info("event=verified labels=%d", num_labels)
+
+
+def dry_run(run: RunConfig) -> None:
+    """Say how much there is to label."""
+    by_shard = _utterances_by_shard(run)
+    hours = sum(u.duration_seconds for utterances in by_shard.values() for u in utterances) / 3600
+    done = sum(label_path(run.stage_folder("label"), shard).is_file() for shard in by_shard)
+    log.info("event=dry_run stage=label shards=%d finished=%d hours=%.2f", len(by_shard), done, hours)
+
+
+def _utterances_by_shard(run: RunConfig) -> dict[str, list[Utterance]]:
+    by_shard: dict[str, list[Utterance]] = {}
+    for utterance in read_utterances(run.stage_folder("pack")):
+        if utterance.split in run.label.splits:
+            by_shard.setdefault(utterance.shard, []).append(utterance)
+    if not by_shard:
+        raise ShardError(f"label.splits must name splits that were packed, got {run.label.splits}; see `pack.py stats`")
+    return by_shard
+
+
+def _check_world(world: World, by_shard: dict[str, list[Utterance]]) -> None:
+    num_utterances = sum(map(len, by_shard.values()))
+    check_enough_work(world, num_utterances, stage="label")
+    if len(by_shard) < world.world_size and world.is_main:
+        log.warning(
+            "event=idle_ranks shards=%d ranks=%d remedy='lower pack.utterances_per_shard'",
+            *(len(by_shard), world.world_size),
+        )
+
+
+def _label_own_shards(
+    run: RunConfig, teacher: AsrModel, fingerprint: str, by_shard: dict[str, list[Utterance]], world: World
+) -> None:
+    entries = [entry for entry in read_index(run.stage_folder("pack")).shards if entry.name in by_shard]
+    own = entries[world.rank :: world.world_size]
+    begun, seconds, num_utterances = time.monotonic(), 0.0, 0
+    # Without a terminal the bar would be a screenful of control characters: the log lines below tell the same.
+    for entry in tqdm(own, desc="label", unit="shard", disable=None if world.is_main else True):
+        path = label_path(run.stage_folder("label"), entry.name)
+        header = _header(run, entry, fingerprint)
+        if path.is_file() and read_header(path) == header:
+            log.info("event=skipped shard=%s reason=labelled", entry.name)
+            continue
+        labels = _label_shard(run, teacher, by_shard[entry.name])
+        write_labels(path, header, labels)
+        seconds += entry.seconds
+        num_utterances += len(labels)
+        rtfx = seconds / (time.monotonic() - begun)
+        log.info(
+            "event=labelled shard=%s utterances=%d audio_hours=%.3f rtfx=%.0f eta_seconds=%.0f",
+            *(entry.name, num_utterances, seconds / 3600, rtfx),
+            sum(later.seconds for later in own[own.index(entry) + 1 :]) / rtfx,
+        )
+
+
+def _label_shard(run: RunConfig, teacher: AsrModel, utterances: list[Utterance]) -> list[PseudoLabel]:
+    """Labels of one shard, in its order. What is in a batch depends on shard and settings only."""
+    labels: dict[int, PseudoLabel] = {}
+    durations = [utterance.duration_seconds for utterance in utterances]
+    for indices in plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds):
+        chosen = [utterances[i] for i in indices]
+        audios = read_many(run.stage_folder("pack"), chosen)
+        hypotheses = transcribe(teacher, audios, max_response_tokens=run.label.max_response_tokens)
+        for index, utterance, hypothesis in zip(indices, chosen, hypotheses, strict=True):
+            labels[index] = PseudoLabel(
+                key=utterance.key,
+                token_ids=hypothesis.token_ids,
+                text=hypothesis.text,
+                language=hypothesis.language,
+                token_logprobs=hypothesis.token_logprobs,
+                mean_logprob=sum(hypothesis.token_logprobs) / len(hypothesis.token_logprobs),
+                ended_by=hypothesis.ended_by,
+                duration_seconds=utterance.duration_seconds,
+            )
+    return [labels[index] for index in range(len(utterances))]
+
+
+def _header(run: RunConfig, entry: ShardEntry, fingerprint: str) -> LabelHeader:
+    settings = {
+        "prompt": "automatic language",
+        "dtype": run.model.dtype,
+        "audio_attention": run.model.audio_attention,
+        "batch_audio_seconds": run.label.batch_audio_seconds,
+        "max_response_tokens": run.label.max_response_tokens,
+    }
+    return LabelHeader(shard=entry.name, shard_sha256=entry.sha256, teacher=fingerprint, settings=settings)
+
+
+def _summary(run: RunConfig, by_shard: dict[str, list[Utterance]], fingerprint: str) -> dict[str, object]:
+    verify(run)
+    folder: Path = run.stage_folder("label")
+    labels = [label for shard in by_shard for label in read_labels(label_path(folder, shard))[1]]
+    runaway = sum(label.ended_by == ENDED_BY_LENGTH for label in labels)
+    tokens = sum(len(label.token_ids) for label in labels)
+    languages = Counter(label.language or "None" for label in labels)
+    seconds = sum(label.duration_seconds for label in labels)
+    log.info(
+        "event=finished stage=label utterances=%d audio_hours=%.3f tokens=%d runaway=%d languages=%d",
+        *(len(labels), seconds / 3600, tokens, runaway, len(languages)),
+    )
+    return {
+        "teacher": fingerprint,
+        "utterances": len(labels),
+        "audio_hours": seconds / 3600,
+        "response_tokens": tokens,
+        "runaway": runaway,
+        "utterances_by_language": dict(sorted(languages.items())),
+    }

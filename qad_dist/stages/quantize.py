@@ -1,0 +1,145 @@
+"""quantize: the teacher with INT8 SmoothQuant in its decoder, calibrated on audio in the real prompt."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qad_dist.asr.dataset import LabelledSet, LabelledUtterance
+from qad_dist.asr.decoder import DecoderStack, embed
+from qad_dist.asr.load import AsrModel, load_teacher
+from qad_dist.asr.save import save_checkpoint
+from qad_dist.config import RunConfig
+from qad_dist.quant.calibrate import quantize_decoder
+from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
+from qad_dist.runtime.collectives import all_gather_objects, run_on_main
+from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
+from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
+from qad_dist.text.accept import verdict
+from shards.errors import ModelError
+from shards.labelled import read_labelled
+from shards.plan import plan_epoch
+from shards.schema import TRAIN
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 3600
+
+
+def run(run: RunConfig) -> None:
+    """Quantize the teacher's decoder and write ``<run>/quantize/student``.
+
+    Raises:
+        QadError: Labels are missing, the model cannot be loaded, or a quantizer saw no data.
+    """
+    with joined_world(TIMEOUT_SECONDS) as world:
+        require_stage(run, "label")
+        rows = calibration_rows(run)
+        check_enough_work(world, len(rows), stage="quantize")
+        run_on_main(lambda: begin_stage(run, "quantize"))
+        enable_checkpointing()
+        student = load_teacher(run.model, device_for(world), dtype="float32")
+        dataset = LabelledSet(rows, folder=run.stage_folder("pack"), prompt=student.prompt, extractor=student.extractor)
+        calibrate(run, student, dataset, world)
+        digest = _equal_on_all_ranks(quantizer_hash(student.model))
+        run_on_main(lambda: _write(run, student, dataset, digest))
+
+
+def dry_run(run: RunConfig) -> None:
+    """Say what would be calibrated on."""
+    rows = calibration_rows(run)
+    seconds = sum(utterance.duration_seconds for utterance, _ in rows)
+    log.info("event=dry_run stage=quantize calibration_utterances=%d audio_hours=%.3f", len(rows), seconds / 3600)
+
+
+def calibration_rows(run: RunConfig) -> list[LabelledUtterance]:
+    """``quantize.calibration_utterances`` of the labelled training split, spread over languages and durations.
+
+    Languages take turns; within a language the utterances are sorted by duration and taken at equal distances, so that
+    the shortest and the longest are among them.
+    """
+    labelled = read_labelled(
+        run.stage_folder("pack"), run.stage_folder("label"), split=TRAIN, reject=lambda label: verdict(label).reason
+    )
+    by_language: defaultdict[str, list[LabelledUtterance]] = defaultdict(list)
+    for row in labelled.rows:
+        by_language[row[0].language or row[1].language or ""].append(row)
+    quotas = share_out(run.quantize.calibration_utterances, [len(by_language[name]) for name in sorted(by_language)])
+    chosen: list[LabelledUtterance] = []
+    for name, quota in zip(sorted(by_language), quotas, strict=True):
+        ordered = sorted(by_language[name], key=lambda row: (row[0].duration_seconds, row[0].key))
+        places = np.linspace(0, len(ordered) - 1, quota).round().astype(int).tolist() if quota else []
+        chosen += [ordered[place] for place in places]
+    return chosen
+
+
+def share_out(total: int, available: Sequence[int]) -> list[int]:
+    """Split ``total`` as evenly as ``available`` allows; what a small group cannot give, the larger ones do. Pure."""
+    quotas = [0] * len(available)
+    left = min(total, sum(available))
+    while left:
+        open_groups = [i for i, size in enumerate(available) if quotas[i] < size]
+        each = max(1, left // len(open_groups))
+        for i in open_groups:
+            take = min(each, available[i] - quotas[i], left)
+            quotas[i] += take
+            left -= take
+    return quotas
+
+
+def calibrate(run: RunConfig, student: AsrModel, dataset: LabelledSet, world: World) -> None:
+    """Run this rank's share of the calibration set through the quantized decoder, as often as ModelOpt asks."""
+    steps = plan_epoch(
+        dataset.num_tokens,
+        seed=run.seed,
+        epoch=0,
+        token_budget=max(run.quantize.micro_batch_tokens, *dataset.num_tokens),
+        micro_batches_per_step=1,
+    )
+    own = [step[0] for step in steps][world.rank :: world.world_size]
+    if not own:  # fewer batches than ranks: seeing a batch twice does not change a maximum
+        own = [steps[0][0]]
+    stack = DecoderStack(student.decoder.layers)
+
+    @torch.no_grad()
+    def forward_loop() -> None:
+        for indices in own:
+            batch = dataset.batch(indices).to(student.device)
+            if batch.audio_positions_P.numel() == 0:
+                raise ModelError("calibration batches must hold audio positions, got none; the prompt is broken")
+            embedded = embed(student, batch)
+            stack(embedded.hidden_ND, embedded.cos_1NE, embedded.sin_1NE, embedded.segments)
+
+    quantize_decoder(
+        student.model,
+        student.decoder.layers,
+        forward_loop,
+        alpha=run.quantize.alpha,
+        dtype=getattr(torch, run.model.dtype),
+    )
+
+
+def _equal_on_all_ranks(digest: str) -> str:
+    digests = all_gather_objects(digest)
+    if len(set(digests)) != 1:
+        raise ModelError(f"all ranks must have equal quantizers, got {[d[:12] for d in digests]}; please report this")
+    return digest
+
+
+def _write(run: RunConfig, student: AsrModel, dataset: LabelledSet, digest: str) -> None:
+    num_layers = len(student.decoder.layers)
+    folder = run.stage_folder("quantize") / STUDENT
+    save_checkpoint(student.model, folder, base=student.folder, dtype=run.model.dtype)
+    indices = range(len(dataset.rows))
+    results = {
+        "quantizers": check_quantizers(student.model, num_layers=num_layers),
+        "quantizer_sha256": digest,
+        "calibration_utterances": len(indices),
+        "calibration_audio_seconds": dataset.audio_seconds(indices),
+        "calibration_tokens": sum(dataset.num_tokens),
+        "int8_bytes": int8_bytes(student.model),
+    }
+    finish_stage(run, "quantize", results=results)
+    log.info("event=finished stage=quantize path=%s quantizers=%d", folder, results["quantizers"])

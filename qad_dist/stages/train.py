@@ -1,0 +1,312 @@
+"""train: quantization-aware distillation. The teacher is whole on every rank, the student's decoder is sharded."""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qad_dist.asr.dataset import LabelledSet, PlannedBatches
+from qad_dist.asr.decoder import DecoderStack, embed, response_states
+from qad_dist.asr.load import AsrModel, load_model, load_teacher
+from qad_dist.asr.save import save_checkpoint
+from qad_dist.batch import Batch
+from qad_dist.config import RunConfig
+from qad_dist.distill.checkpoint import (
+    STATE,
+    Checkpoints,
+    TrainingState,
+    load_best,
+    remove_unfinished,
+    save_best,
+)
+from qad_dist.distill.evaluate import Evaluation, evaluate
+from qad_dist.distill.loop import Hooks, train
+from qad_dist.distill.metrics import MetricsFile
+from qad_dist.distill.models import TeacherAndStudent
+from qad_dist.distill.optim import choose_trainable, parameter_groups
+from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
+from qad_dist.runtime.collectives import all_gather_objects, run_on_main
+from qad_dist.runtime.engine import Engine
+from qad_dist.runtime.record import DONE, STUDENT, WITHOUT_EFFECT, begin_stage, finish_stage, require_stage
+from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
+from qad_dist.runtime.zero import read_deepspeed_settings
+from qad_dist.text.accept import verdict
+from shards.errors import CheckpointError, ModelError
+from shards.labelled import read_labelled
+from shards.plan import Plan, plan_epoch, share_of_rank
+from shards.schema import HELDOUT, TRAIN
+from shards.storage import fingerprint, read_json, verify_manifest
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 1800
+BEST = "best"
+
+
+def run(run: RunConfig) -> None:
+    """Distil, keep the student that is nearest to the teacher on the held-out split, write ``<run>/train/student``.
+
+    Raises:
+        QadError: An earlier stage is missing, a checkpoint does not fit, or a loss is no number.
+    """
+    settings = read_deepspeed_settings(run.train.deepspeed)
+    with joined_world(TIMEOUT_SECONDS) as world:
+        quantized = require_stage(run, "quantize")
+        run_on_main(lambda: verify_manifest(run.stage_folder("quantize") / STUDENT))
+        # Models first: under ZeRO-3 every from_pretrained after the engine's plugin exists would be partitioned.
+        teacher = load_teacher(run.model, device_for(world))
+        student = _load_student(run, device_for(world))
+        base = _load_student(run, torch.device("cpu")) if world.is_main else None
+        _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
+        _share_frozen_parts(teacher, student)
+        training, heldout = _labelled_sets(run, teacher)
+        check_enough_work(world, len(training.rows), stage="train")
+        state = _initial_state(run, settings, training, heldout, world)
+        folder = run.stage_folder("train")
+
+        stack = DecoderStack(student.decoder.layers)
+        choose_trainable(stack, train_norms=run.train.train_norms)
+        engine = Engine(
+            stack,
+            lambda module: make_optimizer(run, module),
+            settings=settings,
+            world=world,
+            dtype=getattr(torch, run.model.dtype),
+            clip_norm=run.train.clip_norm,
+            trackers=list(run.train.trackers),
+            tracker_folder=folder,
+        )
+        _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
+        state = _distil(run, engine, teacher, student, training, heldout, state, folder, world)
+        run_on_main(lambda: _write(run, base, state))
+        engine.close()
+
+
+def dry_run(run: RunConfig) -> None:
+    """Say what would be trained."""
+    settings = read_deepspeed_settings(run.train.deepspeed)
+    log.info(
+        "event=dry_run stage=train zero_stage=%d steps=%d tokens_per_step=%d",
+        *(settings["zero_optimization"]["stage"], run.train.steps),
+        run.train.micro_batch_tokens * run.train.micro_batches_per_step,
+    )
+
+
+def make_optimizer(run: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW as the run's settings say; fused where there is CUDA."""
+    return torch.optim.AdamW(
+        parameter_groups(module.parameters(), weight_decay=run.train.weight_decay),
+        lr=run.train.learning_rate,
+        betas=(run.train.beta1, run.train.beta2),
+        fused=torch.cuda.is_available(),
+    )
+
+
+def join_models(teacher: AsrModel, student: AsrModel, student_stack: Any) -> TeacherAndStudent:
+    """Put the two models behind the callables that ``distill`` knows.
+
+    Args:
+        teacher: Its audio tower, embeddings, final norm and head serve both.
+        student: Only its layers are used.
+        student_stack: A :class:`DecoderStack` of the student's layers, or the engine around one.
+    """
+    teacher_stack, norm = DecoderStack(teacher.decoder.layers), teacher.decoder.norm
+    return TeacherAndStudent(
+        embed=lambda batch: embed(teacher, batch),
+        teacher_states=lambda embedded: response_states(teacher_stack, embedded, norm),
+        student_states=lambda embedded: response_states(student_stack, embedded, norm),
+        head_VD=teacher.head_weight_VD,
+        device=teacher.device,
+    )
+
+
+def _load_student(run: RunConfig, device: torch.device) -> AsrModel:
+    enable_checkpointing()
+    student = load_model(
+        run.stage_folder("quantize") / STUDENT,
+        dtype=run.model.dtype,
+        audio_attention=run.model.audio_attention,
+        device=device,
+        quantized=True,
+    )
+    check_quantizers(student.model, num_layers=len(student.decoder.layers))
+    return student
+
+
+def _check_quantizer_hash(student: AsrModel, expected: str) -> None:
+    """Every rank has the quantizers that were calibrated: loading and the engine change parameters, never these."""
+    for rank, digest in enumerate(all_gather_objects(quantizer_hash(student.model))):
+        if digest != expected:
+            raise ModelError(
+                f"the quantizers of rank {rank} must be those that quantize wrote ({expected[:12]}), got "
+                f"{digest[:12]}; run quantize again"
+            )
+
+
+def _share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
+    """Check that what is frozen is equal in both models, and keep the teacher's: it exists once on a rank."""
+    theirs, ours = student.model.thinker, teacher.model.thinker
+    parts = {
+        "audio tower": (ours.audio_tower, theirs.audio_tower),
+        "embeddings": (ours.model.embed_tokens, theirs.model.embed_tokens),
+        "final norm": (ours.model.norm, theirs.model.norm),
+        "LM head": (ours.lm_head, theirs.lm_head),
+    }
+    for part, (kept, dropped) in parts.items():
+        weights = dict(dropped.named_parameters())
+        for name, weight in kept.named_parameters():
+            if not torch.equal(weight, weights[name]):
+                raise ModelError(
+                    f"teacher and student must share their {part}, got other values of {name}; run quantize again"
+                )
+    theirs.audio_tower, theirs.lm_head = ours.audio_tower, ours.lm_head
+    theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
+
+
+def _labelled_sets(run: RunConfig, teacher: AsrModel) -> tuple[LabelledSet, LabelledSet]:
+    sets = []
+    for split in (TRAIN, HELDOUT):
+        labelled = read_labelled(
+            run.stage_folder("pack"), run.stage_folder("label"), split=split, reject=lambda label: verdict(label).reason
+        )
+        rows = labelled.rows
+        if split == HELDOUT:  # at equal distances: all languages and shards stay in
+            stride = math.ceil(len(rows) / run.train.evaluate_utterances)
+            rows = rows[::stride]
+        dataset = LabelledSet(rows, folder=run.stage_folder("pack"), prompt=teacher.prompt, extractor=teacher.extractor)
+        log.info(
+            "event=dataset split=%s utterances=%d audio_hours=%.3f tokens=%d dropped=%s",
+            *(split, len(rows), dataset.audio_seconds(range(len(rows))) / 3600, sum(dataset.num_tokens)),
+            dict(labelled.dropped),
+        )
+        sets.append(dataset)
+    return sets[0], sets[1]
+
+
+def _initial_state(
+    run: RunConfig, settings: dict[str, Any], training: LabelledSet, heldout: LabelledSet, world: World
+) -> TrainingState:
+    """The state before the first step, with the fingerprint of everything that decides the course of training."""
+    table = [[(utterance.key, label.token_ids) for utterance, label in dataset.rows] for dataset in (training, heldout)]
+    quantized = read_json(run.stage_folder("quantize") / DONE)
+    mark = fingerprint(
+        run.seed,
+        run.train.model_dump(mode="json", exclude=WITHOUT_EFFECT["train"]),
+        settings,
+        table,
+        quantized["fingerprint"],
+    )
+    return TrainingState(
+        step=0,
+        best_step=-1,
+        best_kl=math.inf,
+        world_size=world.world_size,
+        zero_stage=settings["zero_optimization"]["stage"],
+        fingerprint=mark,
+    )
+
+
+def _distil(
+    run: RunConfig,
+    engine: Engine,
+    teacher: AsrModel,
+    student: AsrModel,
+    training: LabelledSet,
+    heldout: LabelledSet,
+    state: TrainingState,
+    folder: Path,
+    world: World,
+) -> TrainingState:
+    models = join_models(teacher, student, engine)
+    plan = Plan(
+        training.num_tokens,
+        seed=run.seed,
+        token_budget=run.train.micro_batch_tokens,
+        micro_batches_per_step=run.train.micro_batches_per_step,
+    )
+    checkpoints = Checkpoints(folder, keep=run.train.keep_checkpoints)
+    if path := run_on_main(lambda: checkpoints.choose(run.train.resume)):
+        state = checkpoints.load(engine, path, expected=state)
+        log.info("event=resumed step=%d path=%s", state.step, path)
+    run_on_main(lambda: _begin(run, folder))
+    log.info(
+        "event=engine type=%s zero_stage=%d ranks=%d trained_weights=%d",
+        *(engine.distributed_type, engine.stage, world.world_size, _num_trained(student)),
+    )
+    metrics = MetricsFile(folder / "metrics.jsonl", resumed_step=state.step) if world.is_main else None
+    engine.start_trackers("qad", {"learning_rate": run.train.learning_rate, "steps": run.train.steps})
+
+    def write(step: int, values: dict[str, float]) -> None:
+        if metrics is not None:
+            metrics.write(step, values)
+        engine.track(values, step=step)
+
+    def keep_best(step: int, evaluation: Evaluation) -> None:
+        weights = engine.gather_weights()
+        run_on_main(lambda: save_best(folder / BEST, weights, step=step, kl_per_token=evaluation.kl_per_token))
+
+    hooks = Hooks(
+        evaluate=lambda: evaluate(models, heldout_batches(heldout, run, world), chunk_rows=run.train.loss_chunk_rows),
+        keep_best=keep_best,
+        write=write,
+    )
+    batches = PlannedBatches(training, plan, world, steps=run.train.steps)
+    return train(engine, models, batches, run.train, state=state, checkpoints=checkpoints, hooks=hooks)
+
+
+def _begin(run: RunConfig, folder: Path) -> None:
+    """Take back the stage's record, now that nothing stands against training on."""
+    begin_stage(run, "train")
+    remove_unfinished(folder, checkpoints_too=run.train.resume == "none")
+
+
+def heldout_batches(heldout: LabelledSet, run: RunConfig, world: World) -> Iterator[tuple[int, Batch]]:
+    """This rank's held-out micro-batches with their numbers; -1 for one that only keeps the ranks together."""
+    steps = plan_epoch(
+        heldout.num_tokens,
+        seed=run.seed,
+        epoch=0,
+        token_budget=run.train.micro_batch_tokens,
+        micro_batches_per_step=1,
+    )
+    numbered = [[number] for number in range(len(steps))]
+    for number in share_of_rank(numbered, rank=world.rank, world_size=world.world_size):
+        chosen = number[0] if number else 0
+        yield (chosen if number else -1), heldout.batch(steps[chosen][0])
+
+
+def _num_trained(student: AsrModel) -> int:
+    # Under ZeRO-3 a parameter holds a part of itself; ds_numel is its whole size.
+    trained = (p for p in student.decoder.layers.parameters() if p.requires_grad)
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+
+
+def _write(run: RunConfig, base: AsrModel | None, state: TrainingState) -> None:
+    """Put the best decoder into an unsharded copy of the student and write that as a checkpoint."""
+    if base is None:
+        raise CheckpointError("rank 0 must hold the copy that is written, got another rank; please report this")
+    folder = run.stage_folder("train")
+    weights = load_best(folder / BEST)
+    names = {name for name, _ in DecoderStack(base.decoder.layers).named_parameters()}
+    if set(weights) != names:
+        raise CheckpointError(f"{folder / BEST} must hold all {len(names)} decoder weights, got {len(weights)}")
+    DecoderStack(base.decoder.layers).load_state_dict(weights, strict=False)  # the quantizers stay as they are
+    save_checkpoint(base.model, folder / STUDENT, base=base.folder, dtype=run.model.dtype)
+    best = read_json(folder / BEST / STATE)  # not the state's: a kill may lie between the two
+    results = {
+        "step": state.step,
+        "best_step": best["step"],
+        "best_kl": best["kl_per_token"],
+        "world_size": state.world_size,
+        "zero_stage": state.zero_stage,
+        "quantizer_sha256": quantizer_hash(base.model),
+        "int8_bytes": int8_bytes(base.model),
+    }
+    finish_stage(run, "train", results=results)
+    log.info(
+        "event=finished stage=train best_step=%d heldout_kl=%.6f path=%s",
+        *(best["step"], best["kl_per_token"], folder / STUDENT),
+    )

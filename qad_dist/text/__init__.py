@@ -1,0 +1,1 @@
+"""Strings, without torch: normalising, word errors, which pseudo-labels are kept, tables."""
