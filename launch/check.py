@@ -1,0 +1,25 @@
+"""Can this machine run this config with this model? Names each mismatch.
+
+python launch/check.py --config configs/toy.yaml
+"""
+
+import sys
+
+from qad_dist.config import RunConfig
+from qad_dist.runtime.program import run_program
+
+
+def _run(config: RunConfig) -> None:
+    from qad_dist.stages import check
+
+    check.run(config)
+
+
+def _dry_run(config: RunConfig) -> None:
+    from qad_dist.stages import check
+
+    check.dry_run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(__doc__, {"run": _run}, dry_run=_dry_run))
