@@ -1,0 +1,174 @@
+"""The six programs through ``launch/run.py`` on ``configs/toy.yaml``, made smaller: two ranks, DeepSpeed ZeRO-2."""
+
+import json
+import re
+import shlex
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.digits import DigitsRun
+from tests.helpers.launching import Ended, run_python
+
+STAGES = ["pack", "label", "quantize", "train", "score", "export"]
+
+SMALLER = [
+    *("pack.utterances_per_shard=8", "quantize.calibration_utterances=24", "train.steps=6", "train.warmup_steps=1"),
+    *("train.evaluate_every=3", "train.checkpoint_every=3", "train.micro_batch_tokens=512"),
+    "export.verify_utterances=3",
+]
+
+NUM_QUANTIZERS = 42
+"""Weight and input of the 7 Linears in each of the teacher's 3 layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Three starts of one run: to label, from quantize, and all once more."""
+
+    run: Path
+    settings: list[str]
+    first: Ended
+    second: Ended
+    third: Ended
+
+
+@pytest.fixture(scope="module")
+def starts(digits: DigitsRun, tmp_path_factory) -> Starts:
+    folder = tmp_path_factory.mktemp("toy")
+    settings = [f"run={folder}/run", f"pack.inputs=[{digits.manifest}]", *SMALLER]
+    ended = []
+    for options in (["--to", "label"], ["--from", "quantize"], []):
+        arguments = ["--config", "configs/toy.yaml", *options, "--set", *settings]
+        ended.append(run_python("launch/run.py", *arguments, folder=folder / "output", limit_seconds=500))
+        assert ended[-1].code == 0, ended[-1].stderr
+    return Starts(folder / "run", settings, *ended)
+
+
+def states_of_stages(log: str) -> list[tuple[str, str]]:
+    return re.findall(r" stage=(\w+) state=(\w+)", log)
+
+
+def row_of(table: str, system: str) -> list[str]:
+    """Cells of the last row of a table that begins with a system's name."""
+    return [line for line in table.splitlines() if line.startswith(f"{system} ")][-1].split()
+
+
+def test_run_does_the_chosen_stages_and_another_start_the_others(starts):
+    done = [(stage, state) for stage in STAGES[:2] for state in ("started", "finished")]
+    rest = [(stage, state) for stage in STAGES[2:] for state in ("started", "finished")]
+
+    assert states_of_stages(starts.first.stderr) == done
+    assert states_of_stages(starts.second.stderr) == rest
+
+
+def test_start_of_a_finished_run_skips_all_stages_at_once_and_shows_the_result_again(starts):
+    assert states_of_stages(starts.third.stderr) == [(stage, "skipped") for stage in STAGES]
+    assert starts.second.stdout.endswith(starts.third.stdout)
+
+
+def test_training_ran_on_two_ranks_under_deepspeed_zero_2(starts):
+    assert "rank=0 event=engine type=DEEPSPEED zero_stage=2 ranks=2 trained_weights=589824" in starts.second.stderr
+    shares = (starts.run / "train" / "step-000006" / "engine").glob("*_zero_pp_rank_*_optim_states.pt")
+    assert [path.name[:19] for path in sorted(shares)] == ["bf16_zero_pp_rank_0", "bf16_zero_pp_rank_1"]
+
+
+def test_each_stage_leaves_its_record(starts):
+    for stage in STAGES:
+        record = json.loads((starts.run / stage / "done.json").read_text())
+
+        assert record["stage"] == stage
+        assert record["config"]["run"] == str(starts.run)
+        assert record["config"]["train"]["steps"] == 6
+        assert f"launch/{stage}.py --config configs/toy.yaml" in record["command"]
+        assert {"torch", "transformers", "deepspeed", "nvidia-modelopt"} <= set(record["versions"])
+
+
+def test_table_compares_teacher_ptq_and_qad(starts):
+    score = json.loads((starts.run / "score" / "score.json").read_text())
+
+    assert set(score["systems"]) == {"teacher", "ptq", "qad"}
+    for name, system in score["systems"].items():
+        lines = (starts.run / "score" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        predictions = [json.loads(line) for line in lines]
+        errors = sum(line["substitutions"] + line["deletions"] + line["insertions"] for line in predictions)
+        words = sum(line["hits"] + line["substitutions"] + line["deletions"] for line in predictions)
+        rate = 100 * errors / words
+        assert len(predictions) == 15
+        assert system["overall"]["error_rate"] == pytest.approx(rate / 100)
+        assert row_of(starts.third.stdout, name)[2:5:2] == [f"{rate:.2f}", str(errors)]
+    # The embedded teacher makes 6 % errors on digits of voices that it has not heard.
+    assert score["systems"]["teacher"]["overall"]["error_rate"] < 0.2
+    assert 0 < score["systems"]["ptq"]["overall"]["kl_per_token"] < 0.02
+    assert 0 < score["systems"]["qad"]["overall"]["kl_per_token"] < 0.02
+
+
+def test_verify_accepts_labels_and_shards(starts, tmp_path):
+    commands = [
+        [program, "verify", "--config", "configs/toy.yaml", "--set", *starts.settings] for program in STAGES[:2]
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+
+    program = "tests/helpers/run_programs.py"
+    files = [tmp_path / "commands.json", tmp_path / "answers.json"]
+    ended = run_python(program, *files, folder=tmp_path / "output", limit_seconds=120)
+
+    assert ended.code == 0, ended.stderr
+    packed, labelled = json.loads((tmp_path / "answers.json").read_text())
+    assert packed["code"] == 0
+    assert "verified shards=9 utterances=70" in packed["stderr"]
+    assert labelled["code"] == 0
+    assert "event=verified labels=55" in labelled["stderr"]
+
+
+def test_export_has_the_quantizers_of_the_trained_student(starts):
+    trained, exported = (json.loads((starts.run / stage / "done.json").read_text()) for stage in ("train", "export"))
+
+    assert exported["results"]["quantizers"] == NUM_QUANTIZERS
+    assert exported["results"]["equal_transcripts"] == 3
+    assert exported["results"]["quantizer_sha256"] == trained["results"]["quantizer_sha256"]
+
+
+def test_printed_lines_transcribe_a_file_with_the_export(starts, tmp_path):
+    """As a user who copies them, in a fresh process; only ``FILE.wav`` is replaced.
+
+    Behind our text stands what the embedded teacher goes on with: qwen-asr stops at the end tokens of the real model's
+    vocabulary only. ModelOpt's checkpointing is what makes the folder load quantized; without that line it loads too,
+    unquantized, so quantizers are counted.
+    """
+    audio, expected = longest_english_utterance(starts.run)
+    (tmp_path / "audio.flac").write_bytes(audio)
+    command = starts.third.stdout.splitlines()[-1]
+    python, option, code = shlex.split(command)
+    counting = (
+        "from modelopt.torch.quantization.nn import TensorQuantizer\n"
+        "from qwen_asr import Qwen3ASRModel\n"
+        "loaded, load = [], Qwen3ASRModel.from_pretrained\n"
+        "Qwen3ASRModel.from_pretrained = lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0]\n"
+        f"{code.replace('FILE.wav', str(tmp_path / 'audio.flac'))}\n"
+        "modules = loaded[0].model.modules()\n"
+        "print('quantizers', sum(isinstance(m, TensorQuantizer) and m.is_enabled for m in modules))\n"
+    )
+
+    ended = run_python("-c", counting, folder=tmp_path / "output", limit_seconds=200)
+
+    assert (python, option) == ("python", "-c")
+    assert ended.code == 0, ended.stderr
+    text, quantizers = ended.stdout.splitlines()[-2:]
+    assert len(expected) > 3
+    assert text.startswith(expected)
+    assert quantizers == f"quantizers {NUM_QUANTIZERS}"
+
+
+def longest_english_utterance(run: Path) -> tuple[bytes, str]:
+    """FLAC bytes of a test utterance, read from its tar by name, and what the trained student wrote for it."""
+    lines = (run / "score" / "qad.jsonl").read_text(encoding="utf-8").splitlines()
+    predictions = [line for line in map(json.loads, lines) if line["language"] == "English"]
+    chosen = max(predictions, key=lambda line: line["duration_seconds"])
+    for shard in sorted((run / "pack").glob("test-*.tar")):
+        with tarfile.open(shard) as tar:
+            if f"{chosen['key']}.flac" in tar.getnames():
+                return tar.extractfile(f"{chosen['key']}.flac").read(), chosen["hypothesis"]
+    raise AssertionError(f"no shard holds {chosen['key']}")

@@ -1,0 +1,258 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shards.errors import ShardError, StageError
+from shards.index import INDEX, read_index, read_utterances, verify
+from shards.labels import LabelHeader, read_header, read_labels, write_labels
+from shards.read import read_audio, read_many
+from shards.schema import PseudoLabel
+from tests.helpers.packing import hashes_of, pack_tones
+from tests.helpers.tones import make_recordings
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    pack_tones(make_recordings(tmp_path / "in", 24), tmp_path / "pack", utterances_per_shard=6)
+    verify(tmp_path / "pack")
+    return tmp_path / "pack"
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("share", [0, 0.3, 0.99])
+def test_a_cut_shard_is_named(folder, quick, share):
+    path = folder / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    with pytest.raises(ShardError, match=r"train-000001\.tar must have \d+ bytes"):
+        verify(folder, quick=quick)
+
+
+def test_a_shard_cut_between_two_utterances_is_noticed_when_they_are_read(folder):
+    utterances = [u for u in read_utterances(folder) if u.shard == "train-000001.tar"]
+    path = folder / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: utterances[3].audio_offset - 512])
+
+    assert len(read_many(folder, utterances[:3])) == 3
+    with pytest.raises(ShardError, match=rf"{utterances[3].key}' must have \d+ bytes, got 0; the shard was cut"):
+        read_many(folder, utterances)
+
+
+@pytest.mark.parametrize("place", ["audio", "json", "header"])
+def test_one_flipped_bit_is_found_by_a_full_verify(folder, place):
+    utterance = next(u for u in read_utterances(folder) if u.shard == "train-000001.tar")
+    offset = {"audio": utterance.audio_offset + 99, "json": utterance.json_offset + 9, "header": 5}[place]
+    flip(folder / utterance.shard, offset)
+
+    verify(folder, quick=True)  # sizes are as they were
+    with pytest.raises(ShardError, match=r"train-000001\.tar must have sha256"):
+        verify(folder)
+
+
+def test_a_shard_in_the_place_of_another_is_not_read_as_it(folder):
+    first, second = (next(u for u in read_utterances(folder) if u.shard == f"train-00000{i}.tar") for i in (0, 1))
+    (folder / second.shard).write_bytes(b"\0" * 512 + (folder / first.shard).read_bytes())
+
+    with pytest.raises(ShardError, match=r"must be FLAC, got unreadable"):
+        read_audio(folder, second)
+
+
+def test_a_missing_shard_is_named(folder):
+    utterance = next(u for u in read_utterances(folder) if u.shard == "heldout-000000.tar")
+    (folder / "heldout-000000.tar").unlink()
+
+    with pytest.raises(ShardError, match=r"heldout-000000\.tar must exist"):
+        verify(folder, quick=True)
+    with pytest.raises(ShardError, match=r"heldout-000000\.tar must be readable, got 'No such file"):
+        read_audio(folder, utterance)
+
+
+def test_a_missing_index_means_that_packing_was_not_finished(folder):
+    (folder / INDEX).unlink()
+
+    for read in (read_index, read_utterances, verify):
+        with pytest.raises(ShardError, match=r"index\.json must exist, got no such file; run the pack stage"):
+            read(folder)
+
+
+def test_a_damaged_table_is_refused(folder):
+    flip(folder / "utterances.parquet", 200)
+
+    with pytest.raises(ShardError, match=r"utterances\.parquet must have sha256"):
+        read_utterances(folder)
+
+
+@pytest.fixture
+def label_file(tmp_path) -> Path:
+    header = LabelHeader(shard="train-000000.tar", shard_sha256="0" * 64, teacher="t", settings={})
+    labels = [
+        PseudoLabel(
+            key=f"k{i}",
+            token_ids=(1, 2),
+            text="one",
+            language="English",
+            token_logprobs=(-0.5, -0.25),
+            mean_logprob=-0.375,
+            ended_by="end_token",
+            duration_seconds=1.0,
+        )
+        for i in range(4)
+    ]
+    write_labels(tmp_path / "train-000000.jsonl", header, labels)
+    return tmp_path / "train-000000.jsonl"
+
+
+def test_a_label_file_cut_anywhere_is_refused(label_file):
+    data = label_file.read_bytes()
+    for length in range(0, len(data), 7):
+        label_file.write_bytes(data[:length])
+        with pytest.raises(ShardError, match=r"must (begin with a header|hold 4 labels|have the hash)"):
+            read_labels(label_file)
+
+
+def test_a_label_file_cut_between_two_labels_says_how_many_are_there(label_file):
+    label_file.write_bytes(b"".join(label_file.read_bytes().splitlines(keepends=True)[:3]))
+
+    with pytest.raises(ShardError, match=r"train-000000\.jsonl must hold 4 labels, got 2; delete it and label again"):
+        read_labels(label_file)
+
+
+def test_a_changed_label_is_refused_though_the_header_is_good(label_file):
+    label_file.write_bytes(label_file.read_bytes().replace(b'"one"', b'"two"', 1))
+
+    assert read_header(label_file) is not None
+    with pytest.raises(ShardError, match="must have the hash in its header"):
+        read_labels(label_file)
+
+
+class InterruptError(Exception):
+    """Stands for Ctrl-C in the middle of a pack."""
+
+
+def test_an_interrupted_pack_has_no_index_and_goes_on_where_it_was(tmp_path):
+    recordings = make_recordings(tmp_path / "in", 24)
+    pack_tones(recordings, tmp_path / "whole", utterances_per_shard=6)
+    reported = []
+
+    def interrupt(num_done: int, seconds: float) -> None:
+        reported.append(num_done)
+        if len(reported) == 2:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        pack_tones(recordings, tmp_path / "pack", utterances_per_shard=6, progress=interrupt)
+    assert not (tmp_path / "pack" / INDEX).exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*.tar")}
+    assert len(kept) == 2
+
+    pack_tones(recordings, tmp_path / "pack", utterances_per_shard=6)
+
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not packed again
+    assert hashes_of(tmp_path / "pack") == hashes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["cut tar", "no tar", "cut part", "other audio"])
+def test_a_kept_shard_that_no_longer_holds_is_packed_again(tmp_path, damage):
+    recordings = make_recordings(tmp_path / "in", 24)
+    pack_tones(recordings, tmp_path / "pack", utterances_per_shard=24, holdout=0)
+    expected = hashes_of(tmp_path / "pack")
+
+    def interrupt(num_done: int, seconds: float) -> None:
+        raise InterruptError
+
+    with pytest.raises(InterruptError):
+        pack_tones(recordings, tmp_path / "pack", utterances_per_shard=24, holdout=0, progress=interrupt)
+    assert not (tmp_path / "pack" / INDEX).exists()  # the finished one that was there does not count any more
+    tar, part = tmp_path / "pack/train-000000.tar", tmp_path / "pack/train-000000.tar.part.json"
+    if damage == "cut tar":
+        tar.write_bytes(tar.read_bytes()[:5000])
+    elif damage == "no tar":
+        tar.unlink()
+    elif damage == "cut part":
+        part.write_bytes(part.read_bytes()[:500])
+    else:
+        Path(recordings[0].path).write_bytes(Path(recordings[8].path).read_bytes())  # same length
+
+    pack_tones(recordings, tmp_path / "pack", utterances_per_shard=24, holdout=0)
+
+    verify(tmp_path / "pack")
+    assert (hashes_of(tmp_path / "pack") == expected) == (damage != "other audio")
+
+
+_PACK_FOR_EVER = """
+import sys
+from pathlib import Path
+from tests.helpers.packing import pack_tones
+from tests.helpers.tones import make_recordings
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    recordings = make_recordings(folder / "in", 120)
+    print("go", flush=True)
+    pack_tones(recordings, folder / "pack", utterances_per_shard=2, processes=2)
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # a zombie's is empty
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_pack_leaves_no_process_and_no_index_and_goes_on_to_the_same_bytes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_PACK_FOR_EVER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, script, tmp_path], env=environment, stdout=subprocess.PIPE)
+    pack_folder = tmp_path / "pack"
+    while not list(pack_folder.glob("*.part.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(filter(is_alive, workers))
+    assert not (pack_folder / INDEX).exists()
+    recordings = make_recordings(tmp_path / "in", 120)
+    pack_tones(recordings, pack_folder, utterances_per_shard=2, processes=2)
+    pack_tones(recordings, tmp_path / "whole", utterances_per_shard=2)
+    assert hashes_of(pack_folder) == hashes_of(tmp_path / "whole")
+
+
+def test_a_packing_process_that_dies_stops_the_pack_and_keeps_the_finished_shards(tmp_path):
+    recordings = make_recordings(tmp_path / "in", 120)
+
+    def kill_one(num_done: int, seconds: float) -> None:
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(StageError, match=r"got one that died in one of \w+-\d{6}\.tar.*finished shards are kept"):
+        pack_tones(recordings, tmp_path / "pack", utterances_per_shard=2, processes=2, progress=kill_one)
+
+    assert list((tmp_path / "pack").glob("*.part.json"))
+    assert not (tmp_path / "pack" / INDEX).exists()
+    pack_tones(recordings, tmp_path / "pack", utterances_per_shard=2)
+    verify(tmp_path / "pack")

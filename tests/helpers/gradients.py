@@ -1,0 +1,217 @@
+"""A program: gradients of one global batch under ZeRO-1, 2 and 3, and by plain autograd; what a step changes.
+
+    accelerate launch ... tests/helpers/gradients.py RANKS CONFIG RUN_FOLDER FOLDER
+
+The run is labelled and quantized. FOLDER gets, from rank 0: ``<case>.safetensors`` (whole gradients) and
+``report.json``. Models, optimizer, engine, batches and loop are those of ``qad_dist.stages.train``.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+
+from qad_dist.asr.dataset import LabelledSet, PlannedBatches
+from qad_dist.asr.decoder import DecoderStack
+from qad_dist.asr.load import AsrModel, load_model, load_teacher
+from qad_dist.config import RunConfig, load_run
+from qad_dist.distill.evaluate import evaluate
+from qad_dist.distill.loop import accumulate_gradient
+from qad_dist.distill.optim import choose_trainable
+from qad_dist.quant.state import enable_checkpointing, quantizer_hash
+from qad_dist.runtime.collectives import all_gather_objects
+from qad_dist.runtime.engine import Engine
+from qad_dist.runtime.logs import configure_logging
+from qad_dist.runtime.world import World, current_world, exit_rank, join_world
+from qad_dist.runtime.zero import read_deepspeed_settings
+from qad_dist.stages import train
+from shards.plan import Plan
+from tests.helpers.launching import ROOT
+
+CPU = torch.device("cpu")
+CE_WEIGHT = 0.3
+SMALL_STEPS, SMALL_RATE = 8, 5e-5
+"""Of the bfloat16 case: each step is below half a unit in the last place of the weights that are looked at."""
+
+
+def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
+    run, world = load_run(config, [f"run={run_folder}", f"train.ce_weight={CE_WEIGHT}"]), current_world()
+    configure_logging(world)
+    join_world(world, 120)
+    # All models first: once a ZeRO-3 plugin exists, whatever is loaded is partitioned.
+    enable_checkpointing()
+    teacher = load_teacher(run.model, CPU)
+    students = {f"zero{stage}": _load_student(run, "float32") for stage in (1, 2, 3)}
+    for student in students.values():
+        _move_away(student)
+    rounded = load_teacher(run.model, CPU, dtype="bfloat16"), _load_student(run, "bfloat16")
+    training, heldout = train._labelled_sets(run, teacher)
+    data = PlannedBatches(training, _plan(run, training), world, steps=1)
+
+    report: dict[str, Any] = {"plain": _plain(run, training, heldout, teacher, students["zero1"], world, Path(folder))}
+    for name, student in students.items():
+        report[name] = _under_engine(run, name, data, teacher, student, world, Path(folder))
+    report["bfloat16"] = _many_small_steps(run, data, *rounded, world)
+    assert report["zero3"]["world_size"] == int(ranks)
+    if world.is_main:
+        (Path(folder) / "report.json").write_text(json.dumps(report, indent=1))
+    exit_rank(0)
+
+
+def _load_student(run: RunConfig, dtype: str) -> AsrModel:
+    folder = run.stage_folder("quantize") / train.STUDENT
+    return load_model(folder, dtype=dtype, audio_attention="windowed", device=CPU, quantized=True)
+
+
+def _move_away(student: AsrModel) -> None:
+    """Noise of a fifth of their size on the decoder's weights: a KL near 0 has a gradient of rounding errors."""
+    random = torch.Generator().manual_seed(0)
+    for parameter in student.decoder.layers.parameters():
+        if parameter.ndim > 1:
+            parameter += 0.2 * parameter.std() * torch.randn(parameter.shape, generator=random)
+
+
+def _plan(run: RunConfig, training: LabelledSet) -> Plan:
+    return Plan(
+        training.num_tokens,
+        seed=run.seed,
+        token_budget=run.train.micro_batch_tokens,
+        micro_batches_per_step=run.train.micro_batches_per_step,
+    )
+
+
+def _plain(
+    run: RunConfig,
+    training: LabelledSet,
+    heldout: LabelledSet,
+    teacher: AsrModel,
+    student: AsrModel,
+    world: World,
+    folder: Path,
+) -> dict[str, Any]:
+    """The reference: no engine; all logits at once; one backward over the rows of all micro-batches."""
+    stack = DecoderStack(student.decoder.layers)
+    choose_trainable(stack, train_norms=False)
+    models = train.join_models(teacher, student, stack)
+    batches = [training.batch(indices) for indices in _plan(run, training).step(0)]
+    embedded = [models.embed(batch) for batch in batches]
+    student_RV = torch.cat([models.student_states(part) for part in embedded]) @ models.head_VD.T
+    with torch.no_grad():
+        teacher_RV = torch.cat([models.teacher_states(part) for part in embedded]) @ models.head_VD.T
+    kl = F.kl_div(student_RV.log_softmax(1), teacher_RV.log_softmax(1), log_target=True, reduction="sum")
+    ce = F.cross_entropy(student_RV, torch.cat([batch.targets_R for batch in batches]), reduction="sum")
+    ((kl + CE_WEIGHT * ce) / len(student_RV)).backward()
+    named = stack.named_parameters()
+    gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    stack.zero_grad(set_to_none=True)
+    student.model.requires_grad_(False)
+    if world.is_main:
+        save_file(gradients, folder / "plain.safetensors")
+    evaluation = evaluate(models, train.heldout_batches(heldout, run, world), chunk_rows=64)
+    return {
+        "rows": [batch.num_rows for batch in batches],
+        "evaluation": asdict(evaluation),
+        "quantizers": quantizer_hash(student.model),
+    }
+
+
+def _build(run: RunConfig, student: AsrModel, zero: str, world: World, dtype: torch.dtype) -> Engine:
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one plugin in a process
+    GradientState._reset_state()
+    stack = DecoderStack(student.decoder.layers)
+    choose_trainable(stack, train_norms=run.train.train_norms)
+    return Engine(
+        stack,
+        lambda module: train.make_optimizer(run, module),
+        settings=read_deepspeed_settings(str(ROOT / "configs" / "deepspeed" / f"{zero}.json")),
+        world=world,
+        dtype=dtype,
+        clip_norm=run.train.clip_norm,
+    )
+
+
+def _under_engine(
+    run: RunConfig, name: str, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World, folder: Path
+) -> dict[str, Any]:
+    engine = _build(run, student, name, world, torch.float32)
+    models = train.join_models(teacher, student, engine)
+    frozen = _frozen_hash(teacher, student)
+    built = all_gather_objects(quantizer_hash(student.model))
+    before = engine.gather_weights()
+    own = list(data.micro_batches(0))
+    finite = accumulate_gradient(engine, models, data, run.train, step=0)
+    gradients = engine.full_gradients()
+    engine.step(learning_rate=1e-3, is_finite=finite)
+    after = engine.gather_weights()
+    if world.is_main:
+        save_file(gradients, folder / f"{name}.safetensors")
+    outside = [*teacher.model.parameters(), *(p for p in student.model.parameters() if not p.requires_grad)]
+    return {
+        "distributed_type": engine.distributed_type,
+        "stage": engine.stage,
+        "world_size": dist.get_world_size(),
+        "micro_batches": all_gather_objects([batch.weighted_rows for batch in own]),
+        "frozen_with_gradient": sum(parameter.grad is not None for parameter in outside),
+        "frozen_is_unchanged": _frozen_hash(teacher, student) == frozen,
+        "quantizers_of_ranks": built + all_gather_objects(quantizer_hash(student.model)),
+        "weights": sorted(before),
+        "changed": sorted(name for name in before if not torch.equal(before[name], after[name])),
+        "gradient_norm": engine.gradient_norm(),
+    }
+
+
+def _many_small_steps(
+    run: RunConfig, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World
+) -> dict[str, Any]:
+    """Weights of at least 1/16 in bfloat16 lie 2^-11 and more apart: one small step alone cannot move them."""
+    engine = _build(run, student, "zero2", world, torch.bfloat16)
+    models = train.join_models(teacher, student, engine)
+    # Far from the teacher's doubts the gradient keeps its sign over the small steps; the KL's, near 0, would not.
+    ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0})
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    large = [weights.abs() >= 2**-4 for weights in start]
+    moved, dtypes = [], set()
+    for _ in range(SMALL_STEPS):
+        finite = accumulate_gradient(engine, models, data, ce_only, step=0)
+        engine.step(learning_rate=SMALL_RATE, is_finite=finite)
+        changed = [(now != was) & mask for now, was, mask in zip(trained, start, large, strict=True)]
+        moved.append(sum(int(mask.sum()) for mask in changed))
+    differences = []
+    for parameter in trained:
+        master = safe_get_full_fp32_param(parameter)
+        dtypes.add(str(master.dtype))
+        differences.append(int((master.to(torch.bfloat16) != parameter).sum()))
+    return {
+        "distributed_type": engine.distributed_type,
+        "stage": engine.stage,
+        "world_size": dist.get_world_size(),
+        "weight_dtypes": sorted({str(parameter.dtype) for parameter in engine.module.parameters()}),
+        "master_dtypes": sorted(dtypes),
+        "weights_that_are_not_their_master": sum(differences),
+        "large_weights": sum(int(mask.sum()) for mask in large),
+        "moved": moved,
+    }
+
+
+def _frozen_hash(teacher: AsrModel, student: AsrModel) -> str:
+    """Of everything that training must leave alone: the teacher, and the student outside its decoder layers."""
+    digest = hashlib.sha256()
+    for model in (teacher, student):
+        for name, parameter in model.model.named_parameters():
+            if model is teacher or ".layers." not in name or "audio_tower" in name:
+                digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

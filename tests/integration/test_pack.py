@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from qad_dist.config import ModelConfig, PackConfig, RunConfig
+from qad_dist.stages import pack as stage
+from shards.errors import ConfigError, ShardError
+from shards.index import read_index, read_utterances
+from tests.helpers.packing import hashes_of
+from tests.helpers.tones import write_tone
+
+
+@pytest.fixture
+def run(tmp_path) -> RunConfig:
+    rows = []
+    for number in range(12):
+        write_tone(tmp_path / "set" / f"{number}.wav", number, seconds=0.5)
+        rows.append(
+            {"audio": f"{number}.wav", "lang": ("en", "vi")[number % 2], "split": "test" if number > 9 else "train"}
+        )
+    write_tone(tmp_path / "set" / "short.wav", 12, seconds=0.05)
+    rows.append({"audio": "short.wav", "lang": "de", "split": "train"})
+    (tmp_path / "set" / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack = PackConfig(inputs=[str(tmp_path / "set" / "m.jsonl")], holdout=0.2, max_rejected_share=0.1, processes=1)
+    return RunConfig(run=str(tmp_path / "run"), model=ModelConfig(path="none"), pack=pack)
+
+
+def test_the_stage_packs_and_records_what_it_made(run, capsys):
+    stage.run(run)
+
+    folder = run.stage_folder("pack")
+    results = json.loads((folder / "done.json").read_text())["results"]
+    assert results["fingerprint"] == read_index(folder).fingerprint
+    assert (results["num_recordings"], results["num_utterances"], results["num_rejected"]) == (13, 12, 1)
+    assert results["rejected_by_reason"] == {"too short": 1}
+    assert results["hours"] == pytest.approx(12 * 0.5 / 3600)
+    cells = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert cells["English"] == ["4", "(0.001)", "1", "(0.000)", "1", "(0.000)", "6", "(0.001)", "0"]
+    assert cells["German"][-3:] == ["0", "(0.000)", "1"]
+    assert cells["all"][-3:] == ["12", "(0.002)", "1"]
+    assert cells["rejected:"] == ["too", "short:", "1"]
+
+
+def test_a_finished_stage_is_left_alone_and_a_changed_setting_packs_again(run):
+    stage.run(run)
+    before = hashes_of(run.stage_folder("pack"))
+
+    stage.run(run)
+    assert hashes_of(run.stage_folder("pack")) == before
+
+    changed = run.model_copy(update={"pack": run.pack.model_copy(update={"utterances_per_shard": 2})})
+    stage.run(changed)
+    assert len(read_index(run.stage_folder("pack")).shards) == 5 + 1 + 1  # of 9, 2 and 2 recordings
+
+
+def test_verify_names_the_damaged_shard(run, caplog):
+    stage.run(run)
+    caplog.set_level("INFO")
+    stage.verify(run)
+    assert "verified shards=3 utterances=12" in caplog.text
+    path: Path = run.stage_folder("pack") / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(ShardError, match=r"train-000000\.tar must have \d+ bytes"):
+        stage.verify(run)
+
+
+def test_a_dry_run_tells_hours_and_shards_and_writes_nothing(run, capsys):
+    stage.dry_run(run)
+
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 9 recordings, 0.001 h, 1 shards",
+        "heldout: 2 recordings, 0.000 h, 1 shards",
+        "test: 2 recordings, 0.000 h, 1 shards",
+    ]
+    assert not run.folder.exists()
+
+
+def test_utterances_carry_what_the_manifest_says(run):
+    stage.run(run)
+
+    utterances = {utterance.key: utterance for utterance in read_utterances(run.stage_folder("pack"))}
+    assert set(utterances) == {str(number) for number in range(12)}
+    assert {key for key, utterance in utterances.items() if utterance.split == "test"} == {"10", "11"}
+    assert utterances["3"].language == "Vietnamese"
+    assert utterances["3"].source == "set"
+
+
+def test_an_unknown_split_stops_before_anything_is_written(run):
+    changed = run.model_copy(update={"pack": run.pack.model_copy(update={"splits": {"train": "train"}})})
+
+    with pytest.raises(ConfigError, match=r"pack\.splits must list every split of the sources, got 'test'"):
+        stage.run(changed)
+
+    assert not (run.stage_folder("pack") / "rejected.jsonl").exists()

@@ -1,0 +1,137 @@
+"""Labelled sets and the batches of a plan: lengths known beforehand, every rank its share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qad_dist.asr.dataset import LabelledSet, PlannedBatches
+from qad_dist.asr.load import AsrModel
+from qad_dist.asr.mel import log_mel
+from qad_dist.runtime.world import World
+from shards.index import read_utterances
+from shards.plan import Plan
+from shards.read import read_audio
+from shards.schema import ENDED_BY_END_TOKEN, PseudoLabel, Recording, Utterance
+from tests.helpers.packing import pack_tones
+from tests.helpers.tones import write_tone
+
+# Around half a second, around one, and odd numbers of samples.
+SAMPLES = [
+    *(1_600, 4_801, 7_999, 8_000, 8_001, 8_160, 15_839, 15_999, 16_000, 16_001),
+    *(16_160, 20_001, 24_000, 31_999, 32_000, 33_333, 40_007, 47_999, 48_000),
+]
+
+
+def label_of(utterance: Utterance, tokens: int) -> PseudoLabel:
+    return PseudoLabel(
+        key=utterance.key,
+        token_ids=tuple(range(100, 100 + tokens)),
+        text="x",
+        language="English",
+        token_logprobs=(0.0,) * tokens,
+        mean_logprob=0.0,
+        ended_by=ENDED_BY_END_TOKEN,
+        duration_seconds=utterance.duration_seconds,
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tone for each length."""
+    folder = tmp_path_factory.mktemp("dataset")
+    recordings = [
+        Recording(
+            path=str(write_tone(folder / "audio" / f"{i}.wav", i, seconds=samples / 16_000)),
+            key=f"tone-{i}",
+            source="tones",
+            speaker=f"s{i}",
+        )
+        for i, samples in enumerate(SAMPLES)
+    ]
+    pack_tones(recordings, folder / "pack", holdout=0)
+    return folder / "pack"
+
+
+@pytest.fixture(scope="module")
+def dataset(packed: Path, nano: AsrModel) -> LabelledSet:
+    rows = [(utterance, label_of(utterance, 1 + i % 7)) for i, utterance in enumerate(read_utterances(packed))]
+    return LabelledSet(rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor)
+
+
+def test_lengths_are_those_of_the_real_batches(dataset: LabelledSet) -> None:
+    assert len(dataset.rows) == len(SAMPLES)
+
+    real = [dataset.batch([i]).num_tokens for i in range(len(dataset.rows))]
+
+    assert dataset.num_tokens == real
+    assert len(set(real)) > 10
+    assert dataset.batch([3, 0, 11]).num_tokens == real[3] + real[0] + real[11]
+
+
+def test_rows_and_seconds_are_summed_over_utterances(dataset: LabelledSet) -> None:
+    indices = [4, 2, 9]
+
+    batch = dataset.batch(indices)
+
+    assert dataset.num_rows(indices) == batch.num_rows
+    samples = sum(round(dataset.rows[i][0].duration_seconds * 16_000) for i in indices)
+    assert dataset.audio_seconds(indices) == pytest.approx(samples / 16_000)
+
+
+def test_batch_has_each_utterances_own_audio_and_label(dataset: LabelledSet, packed: Path, nano: AsrModel) -> None:
+    indices = [5, 1, 17]
+
+    batch = dataset.batch(indices)
+
+    assert batch.keys == tuple(dataset.rows[i][0].key for i in indices)
+    assert batch.targets_R.tolist() == [token for i in indices for token in dataset.rows[i][1].token_ids]
+    mels = batch.mel_MF.split(batch.mel_lengths_U.tolist(), dim=1)
+    for i, mel in zip(indices, mels, strict=True):
+        assert torch.equal(mel, log_mel(read_audio(packed, dataset.rows[i][0]), nano.extractor))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_together_run_the_plan_with_stand_ins_of_no_weight(dataset: LabelledSet, world_size: int) -> None:
+    plan = Plan(dataset.num_tokens, seed=0, token_budget=256, micro_batches_per_step=4)
+    ranks = [
+        PlannedBatches(dataset, plan, World(rank=rank, local_rank=rank, world_size=world_size), steps=9)
+        for rank in range(world_size)
+    ]
+    steps = plan.position(10_000)[0] and plan._starts[1]  # steps of the first epoch
+    stand_ins = 0
+    seen: list[str] = []
+
+    for step in range(steps):
+        shares = [list(rank.micro_batches(step)) for rank in ranks]
+
+        assert len({len(share) for share in shares}) == 1  # ZeRO's collectives need every rank
+        weighted = [batch for share in shares for batch in share if batch.weighted_rows]
+        keys = sorted(batch.keys for batch in weighted)
+        assert keys == sorted(tuple(dataset.rows[i][0].key for i in indices) for indices in plan.step(step) if indices)
+        assert ranks[0].num_rows(step) == sum(batch.weighted_rows for batch in weighted)
+        assert ranks[-1].audio_seconds(step) == pytest.approx(
+            sum(dataset.audio_seconds(indices) for indices in plan.step(step))
+        )
+        for share in shares:
+            for batch in share:
+                if not batch.weighted_rows:
+                    stand_ins += 1
+                    assert batch.num_rows > 0  # a real batch goes through the model
+                    assert not batch.kl_weight_R.any()
+                    assert not batch.ce_weight_R.any()
+        seen += [key for batch in weighted for key in batch.keys]
+
+    assert sorted(seen) == sorted(utterance.key for utterance, _ in dataset.rows)
+    assert (stand_ins > 0) == (world_size in (3, 5))
+
+
+def test_first_micro_batches_of_a_rank_are_ranks_positions_of_the_step(dataset: LabelledSet) -> None:
+    plan = Plan(dataset.num_tokens, seed=0, token_budget=256, micro_batches_per_step=4)
+    step = plan.step(0)
+    assert all(step)
+
+    batches = list(PlannedBatches(dataset, plan, World(rank=1, local_rank=1, world_size=2), steps=1).micro_batches(0))
+
+    expected = [tuple(dataset.rows[i][0].key for i in step[position]) for position in (1, 3)]
+    assert [batch.keys for batch in batches] == expected

@@ -1,0 +1,113 @@
+"""The prompt against qwen-asr's processor, and every form of response."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qad_dist.asr.audio_tower import num_audio_tokens
+from qad_dist.asr.load import AsrModel
+from qad_dist.asr.mel import num_frames
+from qad_dist.asr.prompt import Prompt
+from shards.errors import ModelError
+from tests.helpers.qwen import noise, reference_inputs
+
+
+def ids_of(model: AsrModel, text: str) -> list[int]:
+    return model.processor.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 0.73, 0.99, 1.0, 1.01, 3.377, 8.0, 12.34, 30.0])
+def test_prompt_ids_are_those_of_the_processor(nano: AsrModel, seconds: float) -> None:
+    audio_A = noise(round(seconds * 16_000), seed=0)
+
+    ids = nano.prompt.build(num_audio_tokens(num_frames(len(audio_A))))
+
+    assert ids == reference_inputs(nano, audio_A)["input_ids"][0].tolist()
+    assert nano.prompt.num_prompt_tokens(num_audio_tokens(num_frames(len(audio_A)))) == len(ids)
+
+
+def test_special_ids_are_those_of_the_checkpoint(nano: AsrModel) -> None:
+    assert nano.prompt.audio_id == nano.model.config.thinker_config.audio_token_id == 1022
+    assert [nano.prompt.end_id] == ids_of(nano, "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("response", "text", "language"),
+    [
+        ("language English<asr_text>seven three<|im_end|>", "seven three", "English"),
+        ("language Chinese<asr_text>一五四五<|im_end|>", "一五四五", "Chinese"),
+        ("language None<asr_text><|im_end|>", "", None),
+        ("language Thai<asr_text><|im_end|>", "", "Thai"),
+        ("seven three<|im_end|>", "seven three", None),
+        ("<|im_end|>", "", None),
+        ("language English<asr_text>seven three", "seven three", "English"),
+        ("language English<asr_text> seven \n three <|im_end|>", "seven \n three", "English"),
+        # Whatever a model writes behind its end token is not read.
+        ("language English<asr_text>seven<|im_end|>language German<asr_text>acht<|im_end|>", "seven", "English"),
+        ("seven<|im_end|><asr_text>three", "seven", None),
+        # Words that are spoken are no tags.
+        ("language English<asr_text>language German<|im_end|>", "language German", "English"),
+        ("language English<asr_text>a <asr_text> b<|im_end|>", "a <asr_text> b", "English"),
+    ],
+)
+def test_parse_reads_text_and_language(nano: AsrModel, response: str, text: str, language: str | None) -> None:
+    assert nano.prompt.parse(ids_of(nano, response)) == (text, language)
+
+
+def test_transcript_that_spells_out_a_special_token_does_not_end_the_response(nano: AsrModel) -> None:
+    """Spelt in ordinary tokens it is text; only the one end token ends."""
+    spelt = [token for part in ("<", "|im", "_end", "|", ">") for token in ids_of(nano, part)]
+    assert nano.prompt.end_id not in spelt
+
+    ids = [*ids_of(nano, "language English<asr_text>say "), *spelt, *ids_of(nano, " now<|im_end|>")]
+
+    assert nano.prompt.parse(ids) == ("say <|im_end|> now", "English")
+
+
+def test_other_special_tokens_are_left_out_of_the_text(nano: AsrModel) -> None:
+    ids = ids_of(nano, "language English<asr_text>seven<|endoftext|> three<|im_end|>")
+
+    assert nano.prompt.parse(tuple(ids)) == ("seven three", "English")
+
+
+def test_build_and_parse_do_not_change_what_they_are_given(nano: AsrModel) -> None:
+    ids = ids_of(nano, "language English<asr_text>one<|im_end|>two")
+    before = list(ids)
+
+    nano.prompt.parse(ids)
+
+    assert ids == before
+    assert nano.prompt.build(3) == nano.prompt.build(3)
+
+
+def broken(model: AsrModel, **changes: Any) -> Any:
+    """A processor with one part replaced."""
+    processor = model.processor
+    parts = {
+        "tokenizer": processor.tokenizer,
+        "audio_token": processor.audio_token,
+        "apply_chat_template": processor.apply_chat_template,
+    }
+    return SimpleNamespace(**{**parts, **changes})
+
+
+@pytest.mark.parametrize("text", ["no audio here", "<|audio_pad|> twice <|audio_pad|>"])
+def test_chat_template_without_one_place_for_audio_is_refused(nano: AsrModel, text: str) -> None:
+    processor = broken(nano, apply_chat_template=lambda *_, **__: text)
+
+    with pytest.raises(ModelError, match=r"chat template must place <\|audio_pad\|> once, got .*copy the base model"):
+        Prompt.from_processor(processor)
+
+
+def test_tokenizer_without_the_end_token_is_refused(nano: AsrModel) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(nano.folder)
+    lacking = SimpleNamespace(
+        convert_tokens_to_ids=lambda token: None if token == "<|im_end|>" else tokenizer.convert_tokens_to_ids(token),
+        unk_token_id=None,
+    )
+
+    with pytest.raises(ModelError, match=r"the tokenizer must know <\|im_end\|>, got no such token"):
+        Prompt.from_processor(broken(nano, tokenizer=lacking))

@@ -1,0 +1,287 @@
+"""The distillation loss against float64 autograd on full logits, and how little memory it takes."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qad_dist.distill.loss import LossSums, distillation_loss, row_metrics
+
+NUM_ROWS, VOCABULARY, WIDTH = 37, 53, 11
+
+
+class Inputs(NamedTuple):
+    """What the loss reads; float32."""
+
+    student_RD: Tensor
+    teacher_RD: Tensor
+    head_VD: Tensor
+    targets_R: Tensor
+    kl_weight_R: Tensor
+    ce_weight_R: Tensor
+
+
+def make_inputs(*, rows: int = NUM_ROWS, vocabulary: int = VOCABULARY, width: int = WIDTH, seed: int = 0) -> Inputs:
+    """Random states, targets that are not the teacher's favourites, weights of which some are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher_RD = torch.randn(rows, width, generator=generator)
+    return Inputs(
+        student_RD=teacher_RD + 0.5 * torch.randn(rows, width, generator=generator),
+        teacher_RD=teacher_RD,
+        head_VD=torch.randn(vocabulary, width, generator=generator),
+        targets_R=torch.randint(vocabulary, (rows,), generator=generator),
+        kl_weight_R=torch.rand(rows, generator=generator) * (torch.arange(rows) % 5 != 0),
+        ce_weight_R=torch.rand(rows, generator=generator) * (torch.arange(rows) % 3 != 0),
+    )
+
+
+def run(inputs: Inputs, *, temperature: float = 1.0, chunk_rows: int = 8) -> tuple[LossSums, Tensor]:
+    """The loss and its gradient with respect to the student's states."""
+    student_RD = inputs.student_RD.clone().requires_grad_()
+    sums = distillation_loss(
+        student_RD,
+        *inputs[1:4],
+        kl_weight_R=inputs.kl_weight_R,
+        ce_weight_R=inputs.ce_weight_R,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+    )
+    sums.loss.backward()
+    assert student_RD.grad is not None
+    return sums, student_RD.grad
+
+
+def reference(inputs: Inputs, *, temperature: float) -> tuple[dict[str, float], Tensor]:
+    """The definition, in float64 with all logits at once; autograd makes the gradient."""
+    student_RD = inputs.student_RD.double().requires_grad_()
+    head_VD = inputs.head_VD.double()
+    student_RV, teacher_RV = student_RD @ head_VD.T, inputs.teacher_RD.double() @ head_VD.T
+    kl_R = temperature**2 * F.kl_div(
+        F.log_softmax(student_RV / temperature, -1),
+        F.log_softmax(teacher_RV / temperature, -1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    ce_R = F.cross_entropy(student_RV, inputs.targets_R, reduction="none")
+    loss = (inputs.kl_weight_R.double() * kl_R + inputs.ce_weight_R.double() * ce_R).sum()
+    loss.backward()
+    counted_R = (inputs.kl_weight_R > 0) | (inputs.ce_weight_R > 0)
+    agrees_R = student_RV.argmax(-1) == teacher_RV.argmax(-1)
+    sums = {
+        "loss": float(loss.detach()),
+        "kl": float(kl_R.detach()[counted_R].sum()),
+        "ce": float(ce_R.detach()[counted_R].sum()),
+        "agreements": float(agrees_R[counted_R].sum()),
+    }
+    assert student_RD.grad is not None
+    return sums, student_RD.grad
+
+
+# Both terms, each alone, and a weight of 0 in every place.
+WEIGHTS = {"both": (1.0, 1.0), "KL alone": (1.0, 0.0), "cross-entropy alone": (0.0, 0.7)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_value_and_gradient_are_those_of_the_definition(weights: tuple[float, float], temperature: float) -> None:
+    inputs = make_inputs()
+    inputs = inputs._replace(kl_weight_R=inputs.kl_weight_R * weights[0], ce_weight_R=inputs.ce_weight_R * weights[1])
+
+    sums, gradient_RD = run(inputs, temperature=temperature)
+
+    expected, expected_gradient_RD = reference(inputs, temperature=temperature)
+    for name, value in expected.items():
+        assert float(getattr(sums, name).detach()) == pytest.approx(value, rel=2e-6), name
+    torch.testing.assert_close(gradient_RD.double(), expected_gradient_RD, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_rows", [1, 7, NUM_ROWS, 1000])
+def test_chunks_do_not_change_the_result(chunk_rows: int, temperature: float) -> None:
+    inputs = make_inputs()
+    whole, whole_gradient_RD = run(inputs, temperature=temperature, chunk_rows=NUM_ROWS)
+
+    sums, gradient_RD = run(inputs, temperature=temperature, chunk_rows=chunk_rows)
+
+    for name in ("loss", "kl", "ce", "agreements"):
+        torch.testing.assert_close(getattr(sums, name), getattr(whole, name), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient_RD, whole_gradient_RD, rtol=1e-5, atol=5e-6)  # products of other shapes
+
+
+def test_gradient_follows_the_factor_that_the_caller_applies() -> None:
+    """The loop divides by the rows of the step and multiplies by the ranks."""
+    inputs = make_inputs()
+    _, gradient_RD = run(inputs)
+    student_RD = inputs.student_RD.clone().requires_grad_()
+    sums = distillation_loss(
+        student_RD,
+        *inputs[1:4],
+        kl_weight_R=inputs.kl_weight_R,
+        ce_weight_R=inputs.ce_weight_R,
+        temperature=1.0,
+        chunk_rows=8,
+    )
+
+    (sums.loss * 2 / 128).backward()
+
+    torch.testing.assert_close(student_RD.grad, gradient_RD * 2 / 128)
+
+
+def test_gradient_size_does_not_depend_on_the_temperature() -> None:
+    """For logits that are small against T, T^2 KL is half the variance of the difference: without T at all."""
+    inputs = make_inputs()
+    inputs = inputs._replace(
+        student_RD=inputs.student_RD * 0.02,
+        teacher_RD=inputs.teacher_RD * 0.02,
+        kl_weight_R=torch.ones(NUM_ROWS),
+        ce_weight_R=torch.zeros(NUM_ROWS),
+    )
+
+    sums, gradients = zip(*(run(inputs, temperature=temperature) for temperature in (1.0, 2.0, 8.0)), strict=True)
+
+    for other in (1, 2):
+        assert sums[other].loss.item() == pytest.approx(sums[0].loss.item(), rel=0.1)
+        ratio = gradients[other].norm() / gradients[0].norm()
+        assert float(ratio) == pytest.approx(1.0, abs=0.05)
+
+
+def test_rows_without_weight_contribute_nothing() -> None:
+    inputs = make_inputs()
+    kept = (inputs.kl_weight_R > 0) | (inputs.ce_weight_R > 0)
+    assert 0 < int(kept.sum()) < NUM_ROWS
+    changed = inputs.student_RD.clone()
+    changed[~kept] = 1e3
+
+    before, gradient_RD = run(inputs)
+    after, _ = run(inputs._replace(student_RD=changed))
+    alone, _ = run(Inputs(*(t if name == "head_VD" else t[kept] for name, t in inputs._asdict().items())))
+
+    assert not gradient_RD[~kept].any()
+    assert gradient_RD[kept].abs().amax(1).all()
+    for name in ("loss", "kl", "ce", "agreements"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+        torch.testing.assert_close(getattr(before, name), getattr(alone, name))
+
+
+def test_batch_that_only_keeps_the_ranks_together_has_loss_and_gradient_zero() -> None:
+    inputs = make_inputs()
+    zeros = torch.zeros(NUM_ROWS)
+
+    sums, gradient_RD = run(inputs._replace(kl_weight_R=zeros, ce_weight_R=zeros))
+
+    assert [value.item() for value in (sums.loss, sums.kl, sums.ce, sums.agreements)] == [0, 0, 0, 0]
+    assert not gradient_RD.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_student_that_equals_its_teacher_has_no_kl_and_no_gradient(temperature: float) -> None:
+    inputs = make_inputs()
+    inputs = inputs._replace(
+        student_RD=inputs.teacher_RD, kl_weight_R=torch.ones(NUM_ROWS), ce_weight_R=torch.zeros(NUM_ROWS)
+    )
+
+    sums, gradient_RD = run(inputs, temperature=temperature)
+
+    assert sums.loss.item() == sums.kl.item() == 0
+    assert float(sums.agreements) == NUM_ROWS
+    assert not gradient_RD.any()
+
+
+def test_kl_is_not_symmetric_and_runs_from_teacher_to_student() -> None:
+    """Teacher sure of token 0, student undecided: the KL is log 2; the other way round it is far larger."""
+    head_VD = torch.eye(2)
+    sure, undecided = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    weights = {"kl_weight_R": torch.ones(1), "ce_weight_R": torch.zeros(1), "temperature": 1.0, "chunk_rows": 1}
+    target = torch.tensor([0])
+
+    forward = distillation_loss(undecided, sure, head_VD, target, **weights)
+    backward = distillation_loss(sure, undecided, head_VD, target, **weights)
+
+    assert float(forward.kl) == pytest.approx(0.693147, abs=1e-5)
+    assert float(backward.kl) == pytest.approx(20 - 0.693147, abs=1e-4)
+
+
+def test_nothing_but_the_student_gets_a_gradient() -> None:
+    inputs = make_inputs()
+    student_RD, teacher_RD, head_VD = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+
+    distillation_loss(
+        student_RD,
+        teacher_RD,
+        head_VD,
+        inputs.targets_R,
+        kl_weight_R=inputs.kl_weight_R,
+        ce_weight_R=inputs.ce_weight_R,
+        temperature=1.0,
+        chunk_rows=8,
+    ).loss.backward()
+
+    assert student_RD.grad is not None
+    assert teacher_RD.grad is None
+    assert head_VD.grad is None
+
+
+def test_bfloat16_states_lose_no_more_than_their_own_rounding() -> None:
+    """Logits are rounded to bfloat16 by the product; everything behind it is float32."""
+    inputs = make_inputs(vocabulary=500)
+    rounded = inputs._replace(
+        student_RD=inputs.student_RD.bfloat16(),
+        teacher_RD=inputs.teacher_RD.bfloat16(),
+        head_VD=inputs.head_VD.bfloat16(),
+    )
+
+    sums, gradient_RD = run(rounded)
+
+    expected, expected_gradient_RD = reference(rounded, temperature=1.0)
+    assert sums.loss.dtype == torch.float32
+    assert gradient_RD.dtype == torch.bfloat16
+    assert sums.loss.item() == pytest.approx(expected["loss"], rel=0.01)
+    difference = (gradient_RD.double() - expected_gradient_RD).norm() / expected_gradient_RD.norm()
+    assert float(difference) < 0.01
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operator, forward and backward, for the elements of its largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(temperature: float) -> None:
+    inputs = make_inputs(rows=96, vocabulary=512, width=4)
+
+    with LargestTensor() as largest:
+        run(inputs, temperature=temperature, chunk_rows=8)
+
+    assert largest.num_elements == 8 * 512  # all logits would be 96 x 512
+    with LargestTensor() as whole:
+        run(inputs, temperature=temperature, chunk_rows=96)
+    assert whole.num_elements == 96 * 512  # the watch sees what it should
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
+def test_row_metrics_are_those_of_the_definition(chunk_rows: int) -> None:
+    inputs = make_inputs()
+    student_RV, teacher_RV = (states.double() @ inputs.head_VD.double().T for states in inputs[:2])
+
+    rows = row_metrics(*inputs[:4], chunk_rows=chunk_rows)
+
+    log_student_RV, log_teacher_RV = student_RV.log_softmax(-1), teacher_RV.log_softmax(-1)
+    kl_R = (log_teacher_RV.exp() * (log_teacher_RV - log_student_RV)).sum(-1)
+    ce_R = -log_student_RV[torch.arange(NUM_ROWS), inputs.targets_R]
+    torch.testing.assert_close(rows.kl_R.double(), kl_R, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows.ce_R.double(), ce_R, rtol=1e-5, atol=1e-6)
+    assert torch.equal(rows.agrees_R, student_RV.argmax(-1) == teacher_RV.argmax(-1))
+    assert 0 < int(rows.agrees_R.sum()) < NUM_ROWS

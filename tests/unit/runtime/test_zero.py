@@ -1,0 +1,69 @@
+"""DeepSpeed settings: what is refused before any engine is built. The engine itself is tested with ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qad_dist.runtime.zero import read_deepspeed_settings
+from shards.errors import ConfigError
+
+
+def write(folder: Path, settings: Any) -> str:
+    path = folder / "zero.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_settings_of_this_project_are_read(root: Path, stage: int) -> None:
+    settings = read_deepspeed_settings(str(root / "configs" / "deepspeed" / f"zero{stage}.json"))
+
+    assert settings["zero_optimization"]["stage"] == stage
+    # What equal gradients on any number of ranks need.
+    assert settings["data_types"]["grad_accum_dtype"] == settings["communication_data_type"] == "fp32"
+    assert settings["gradient_accumulation_steps"] == 1
+    assert "auto" not in json.dumps(settings)
+
+
+def test_missing_file_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.deepspeed must be a DeepSpeed JSON file, got '.*none\.json' .*see"):
+        read_deepspeed_settings(str(tmp_path / "none.json"))
+
+
+def test_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.deepspeed must be a DeepSpeed JSON file"):
+        read_deepspeed_settings(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "zero_optimization: {stage: 2}", "\xff\xfe"])
+def test_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.deepspeed must be a DeepSpeed JSON file, got '.*zero\.json'"):
+        read_deepspeed_settings(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "0"),
+        ({"zero_optimization": {"stage": 4}}, "4"),
+        ({"zero_optimization": {"stage": "2"}}, "'2'"),
+        ({"zero_optimization": {"stage": True}}, "True"),
+        ({"zero_optimization": {}}, "None"),
+        ({"zero_optimization": 3}, "None"),
+        ({}, "None"),
+        ([], "None"),
+    ],
+)
+def test_other_zero_stages_are_refused(tmp_path: Path, settings: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"zero\.json: zero_optimization\.stage must be 1, 2 or 3, got {found};"):
+        read_deepspeed_settings(write(tmp_path, settings))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "gradient_clipping", "optimizer", "scheduler", "train_batch_size"])
+def test_settings_that_the_runs_yaml_decides_are_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 2}, name: {"enabled": True}})
+
+    with pytest.raises(ConfigError, match=rf"zero\.json: {name} must be left to the run's YAML, got .*; remove it"):
+        read_deepspeed_settings(path)

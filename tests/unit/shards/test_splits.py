@@ -1,0 +1,104 @@
+from collections import defaultdict
+
+import pytest
+
+from shards.errors import ConfigError
+from shards.schema import Recording
+from shards.splits import assign_splits
+
+NAMES = {"train": "train", "dev": "heldout", "test": "test"}
+
+
+def recording(number: int, *, speaker: str | None, language: str | None = "English", split: str | None = None):
+    return Recording(
+        path=f"{number}.wav", key=f"k{number}", source="s", language=language, speaker=speaker, split=split
+    )
+
+
+def assign(recordings, *, holdout=0.1, holdout_by="speaker", seed=0):
+    return assign_splits(recordings, splits=NAMES, holdout=holdout, holdout_by=holdout_by, seed=seed)
+
+
+def test_names_of_the_source_are_mapped_and_not_set_aside_again():
+    recordings = [recording(0, speaker="a", split="dev"), recording(1, speaker="b", split="test")]
+
+    assert assign(recordings, holdout=0.9) == ["heldout", "test"]
+
+
+def test_an_unknown_split_name_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"pack\.splits must list every split.*'validation' on 1 recordings, first 'k0'"
+    ):
+        assign([recording(0, speaker="a", split="validation")])
+
+
+def test_no_speaker_is_on_both_sides():
+    recordings = [recording(i, speaker=f"s{i % 20}", language=("English", "German")[i % 3 == 0]) for i in range(600)]
+
+    sides = defaultdict(set)
+    for item, split in zip(recordings, assign(recordings), strict=True):
+        sides[item.speaker].add(split)
+
+    assert all(len(splits) == 1 for splits in sides.values())
+    assert {"train", "heldout"} == set.union(*sides.values())
+
+
+@pytest.mark.parametrize("holdout_by", ["speaker", "recording"])
+def test_each_language_gives_about_its_share(holdout_by):
+    recordings = [recording(i, speaker=f"s{i % 40}-{i % 2}", language=("English", "German")[i % 2]) for i in range(800)]
+
+    splits = assign(recordings, holdout=0.1, holdout_by=holdout_by)
+
+    for language in ("English", "German"):
+        held = sum(s == "heldout" and r.language == language for r, s in zip(recordings, splits, strict=True))
+        assert held == 40  # of 400; speakers have 20 recordings each
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_speakers_set_aside_in_one_language_count_in_the_next(seed):
+    english = [recording(i, speaker=f"s{i % 20}") for i in range(200)]
+    german = [recording(200 + i, speaker=f"s{i % 40}", language="German") for i in range(400)]
+
+    splits = assign(english + german, seed=seed)
+
+    sides = {(r.speaker, split) for r, split in zip(english + german, splits, strict=True)}
+    assert len(sides) == 40  # nobody is on both sides, though German may take more of those who speak English too
+    assert splits[:200].count("heldout") >= 20  # two speakers of ten recordings
+    assert splits[200:].count("heldout") == 40  # the same two, and two more
+
+
+def test_a_language_of_one_speaker_gives_recordings_of_that_one():
+    splits = assign([recording(i, speaker="only") for i in range(50)], holdout=0.1)
+
+    assert splits.count("heldout") == 5
+
+
+def test_two_speakers_give_the_smaller_one_however_small_the_share():
+    recordings = [recording(i, speaker="big" if i < 80 else "small") for i in range(100)]
+
+    assert assign(recordings, holdout=0.01) == ["train"] * 80 + ["heldout"] * 20
+
+
+def test_train_is_never_left_empty():
+    recordings = [recording(i, speaker=f"s{i}") for i in range(3)]
+
+    assert assign(recordings, holdout=0.99).count("train") == 1
+
+
+def test_a_single_recording_stays_in_train():
+    assert assign([recording(0, speaker=None)]) == ["train"]
+
+
+def test_nothing_is_set_aside_at_a_share_of_zero():
+    assert set(assign([recording(i, speaker=None) for i in range(100)], holdout=0)) == {"train"}
+
+
+def test_the_choice_depends_on_seed_and_names_not_on_order():
+    recordings = [recording(i, speaker=f"s{i % 30}") for i in range(300)]
+
+    forwards = dict(zip(recordings, assign(recordings), strict=True))
+    backwards = dict(zip(recordings[::-1], assign(recordings[::-1]), strict=True))
+    other = dict(zip(recordings, assign(recordings, seed=1), strict=True))
+
+    assert forwards == backwards
+    assert forwards != other

@@ -1,0 +1,137 @@
+"""The whole run: order, skipping, the first failure, and the commands. The programs are real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qad_dist.config import RunConfig, load_run
+from qad_dist.runtime.record import STAGES, begin_stage, finish_stage
+from qad_dist.stages.run import Launch, StageFailedError, chosen_stages, dry_run, run
+from shards.errors import ConfigError
+
+# A program that notes its name and options, and fails where its run folder holds `<its name>.fails`.
+PROGRAM = """\
+import sys
+from pathlib import Path
+name, folder = Path(__file__).stem, Path({folder!r})
+with (folder / "started").open("a") as file:
+    file.write(name + " " + " ".join(sys.argv[1:]) + "\\n")
+sys.exit(3 if (folder / (name + ".fails")).exists() else 0)
+"""
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path) -> RunConfig:
+    return load_run(root / "configs/toy.yaml", [f"run={tmp_path}/run"])
+
+
+@pytest.fixture
+def single_process_launch(tmp_path: Path) -> Launch:
+    """Programs that note that they were started, for the two stages that need no launcher."""
+    programs = tmp_path / "launch"
+    programs.mkdir()
+    for stage in ("pack", "export"):
+        (programs / f"{stage}.py").write_text(PROGRAM.format(folder=str(tmp_path)))
+    return Launch(programs=programs, config="c.yaml", overrides=("seed=3", "train.steps=70"))
+
+
+def started(tmp_path: Path) -> list[str]:
+    path = tmp_path / "started"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_stages_are_chosen_in_the_order_of_the_pipeline():
+    assert chosen_stages("pack", "export") == ["pack", "label", "quantize", "train", "score", "export"]
+    assert chosen_stages("quantize", "score") == ["quantize", "train", "score"]
+    assert chosen_stages("train", "train") == ["train"]
+    with pytest.raises(ConfigError, match=r"^--to must not come before --from \(train\), got label"):
+        chosen_stages("train", "label")
+
+
+def test_programs_are_started_in_order_with_config_and_settings(config, single_process_launch, tmp_path):
+    run(config, single_process_launch, ["pack", "export"])
+
+    options = "--config c.yaml --set seed=3 train.steps=70"
+    assert started(tmp_path) == [f"pack {options}", f"export {options}"]
+
+
+def test_finished_stage_is_skipped_and_made_again_when_its_settings_change(config, single_process_launch, tmp_path):
+    begin_stage(config, "pack")
+    finish_stage(config, "pack", results={})
+
+    run(config, single_process_launch, ["pack", "export"])
+    assert [line.split()[0] for line in started(tmp_path)] == ["export"]
+
+    run(config.model_copy(update={"seed": 9}), single_process_launch, ["pack"])
+    assert [line.split()[0] for line in started(tmp_path)] == ["export", "pack"]
+
+
+def test_first_failing_stage_ends_the_run_with_its_exit_code(config, single_process_launch, tmp_path):
+    (tmp_path / "pack.fails").touch()
+
+    with pytest.raises(StageFailedError, match=r"^stage pack must end with exit code 0, got 3 after .* s;") as caught:
+        run(config, single_process_launch, ["pack", "export"])
+
+    assert caught.value.exit_code == 3
+    assert [line.split()[0] for line in started(tmp_path)] == ["pack"]
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "file", "ranks"), [(0, "cpu.yaml", "2"), (1, "one_gpu.yaml", "1"), (5, "one_node.yaml", "5")]
+)
+def test_stages_of_several_ranks_go_through_accelerate_as_the_machine_has_it(root, num_gpus, file, ranks):
+    launch = Launch(programs=root / "launch", config="c.yaml", num_gpus=num_gpus)
+
+    for stage in ("label", "quantize", "train", "score"):
+        assert launch.command(stage) == [
+            *("accelerate", "launch", "--config_file", str(root / "configs/accelerate" / file)),
+            *("--num_processes", ranks, str(root / "launch" / f"{stage}.py"), "--config", "c.yaml"),
+        ]
+    for stage in ("pack", "export"):
+        assert launch.command(stage) == ["python", str(root / "launch" / f"{stage}.py"), "--config", "c.yaml"]
+
+
+def test_dry_run_tells_commands_hours_steps_memory_and_disk_and_writes_nothing(config, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+
+    text = dry_run(config, Launch(programs=Path("launch"), config="configs/toy.yaml"), list(STAGES))
+
+    for stage in STAGES:
+        assert f"launch/{stage}.py --config configs/toy.yaml" in text
+        assert f"\n  {stage}: " in text
+    # 1,493.9 s by libsndfile.
+    assert "audio: 0.41 hours (from the headers of 725 of 725 recordings)" in text
+    assert f"training: {config.train.steps} steps of" in text
+    assert f"(2 ranks, ZeRO-2, {config.model.dtype})" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_to_the_runner_ends_the_program_that_it_waits_for(root, tmp_path):
+    programs = tmp_path / "launch"
+    programs.mkdir()
+    (programs / "pack.py").write_text(
+        "import os, time\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom qad_dist.config import load_run\n"
+        "from qad_dist.stages.run import Launch, run\n"
+        f"config = load_run({str(root / 'configs/toy.yaml')!r}, ['run={tmp_path}/run'])\n"
+        f"run(config, Launch(programs=Path({str(programs)!r}), config='c'), ['pack'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True) as runner:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert runner.poll() is None, runner.stderr.read()
+            time.sleep(0.05)
+        runner.send_signal(signal.SIGTERM)
+        _, told = runner.communicate(timeout=30)
+
+    assert "stage pack must end with exit code 0, got -15" in told
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

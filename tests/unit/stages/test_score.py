@@ -1,0 +1,172 @@
+"""Scores: counts are summed over utterances and divided once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qad_dist.asr.transcribe import Hypothesis
+from qad_dist.stages.score import Outcome, _described, _row
+from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH, TEST, Utterance
+
+
+def utterance(reference: str | None, *, language: str | None = "English") -> Utterance:
+    return Utterance(
+        key="u",
+        shard="s.tar",
+        audio_offset=0,
+        audio_bytes=1,
+        json_offset=0,
+        json_bytes=1,
+        duration_seconds=1.0,
+        split=TEST,
+        language=language,
+        speaker=None,
+        reference=reference,
+        source="x",
+    )
+
+
+def outcome(
+    number: int,
+    text: str,
+    *,
+    language: str | None = "English",
+    tokens: int = 4,
+    kl: float | None = None,
+    agreements: int | None = None,
+    ended_by: str = ENDED_BY_END_TOKEN,
+) -> Outcome:
+    hypothesis = Hypothesis((1,) * tokens, (0.0,) * tokens, text, language, ended_by)
+    return Outcome(number=number, hypothesis=hypothesis, kl=kl, agreements=agreements)
+
+
+def row(utterances: list[Utterance], outcomes: list[Outcome], answers: list[Outcome] | None = None) -> dict[str, Any]:
+    return _row(outcomes, utterances, answers or outcomes, rate_unit="WER")
+
+
+def test_errors_are_summed_before_they_are_divided() -> None:
+    """One word wrong of 1, none of 10: 1 / 11, not the mean of 100 % and 0 %."""
+    utterances = [utterance("yes"), utterance("a b c d e f g h i j")]
+
+    scored = row(utterances, [outcome(0, "no"), outcome(1, "a b c d e f g h i j")])
+
+    assert (scored["substitutions"], scored["deletions"], scored["insertions"]) == (1, 0, 0)
+    assert scored["reference_tokens"] == 11
+    assert scored["error_rate"] == pytest.approx(1 / 11)
+    assert scored["utterances"] == 2
+
+
+def test_each_kind_of_error_is_counted_by_itself() -> None:
+    utterances = [utterance("one two three"), utterance("four"), utterance("five six")]
+
+    scored = row(utterances, [outcome(0, "one three"), outcome(1, "four four"), outcome(2, "nine six")])
+
+    assert (scored["substitutions"], scored["deletions"], scored["insertions"]) == (1, 1, 1)
+    assert scored["error_rate"] == pytest.approx(3 / 6)
+
+
+@pytest.mark.parametrize("reference", [None, ""])
+def test_utterances_without_a_reference_do_not_enter_the_rate(reference: str | None) -> None:
+    utterances = [utterance("one two"), utterance(reference)]
+    outcomes = [outcome(0, "one"), outcome(1, "so many words that nobody asked for", kl=2.0, agreements=4)]
+
+    scored = row(utterances, outcomes)
+
+    assert scored["error_rate"] == 0.5
+    assert (scored["insertions"], scored["reference_tokens"]) == (0, 2)
+    assert scored["utterances"] == 2
+
+
+def test_kl_and_agreement_are_means_over_the_teachers_tokens() -> None:
+    """The teacher wrote 3 and 7 tokens, whatever the system's own responses are long."""
+    utterances = [utterance("a"), utterance("b")]
+    answers = [outcome(0, "a", tokens=3), outcome(1, "b", tokens=7)]
+    outcomes = [outcome(0, "a", tokens=50, kl=0.5, agreements=3), outcome(1, "b", tokens=1, kl=1.5, agreements=5)]
+
+    scored = row(utterances, outcomes, answers)
+
+    assert scored["response_tokens"] == 10
+    assert scored["kl_per_token"] == pytest.approx(0.2)
+    assert scored["agreement"] == pytest.approx(0.8)
+
+
+def test_distance_that_was_not_measured_everywhere_is_none() -> None:
+    """The teacher itself, and systems with another LM head."""
+    utterances = [utterance("a"), utterance("b")]
+
+    scored = row(utterances, [outcome(0, "a", kl=0.0, agreements=4), outcome(1, "b")])
+
+    assert scored["kl_per_token"] is None
+    assert scored["agreement"] is None
+
+
+def test_language_accuracy_counts_only_utterances_of_known_language() -> None:
+    utterances = [utterance("a"), utterance("b"), utterance("c", language=None)]
+    outcomes = [outcome(0, "a"), outcome(1, "b", language="German"), outcome(2, "c", language="Thai")]
+
+    assert row(utterances, outcomes)["language_accuracy"] == 0.5
+    assert row([utterance("c", language=None)], [outcome(0, "c")])["language_accuracy"] is None
+
+
+def test_response_without_a_language_is_not_the_right_one() -> None:
+    assert row([utterance("a")], [outcome(0, "a", language=None)])["language_accuracy"] == 0.0
+
+
+def test_runaway_responses_are_counted() -> None:
+    utterances = [utterance("a"), utterance("b")]
+
+    scored = row(utterances, [outcome(0, "a a a", ended_by=ENDED_BY_LENGTH), outcome(1, "b")])
+
+    assert scored["runaway"] == 1
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> dict[str, Any]:
+    """A system scored on two English, one Chinese and one utterance of unknown language."""
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
+    (tmp_path / "modelopt_state.pth").write_bytes(b"0" * 20)
+    (tmp_path / "tokenizer.json").write_bytes(b"0" * 7)
+    utterances = [
+        utterance("one two"),
+        utterance("一二三", language="Chinese"),
+        utterance("three four"),
+        utterance("five", language=None),
+    ]
+    outcomes = [
+        outcome(0, "one", kl=0.4, agreements=4),
+        outcome(1, "一二", language="Chinese", kl=0.1, agreements=3),
+        outcome(2, "three four", kl=0.0, agreements=4),
+        outcome(3, "five", kl=0.3, agreements=4),
+    ]
+    return _described(tmp_path, 42, utterances, outcomes, outcomes)
+
+
+def test_languages_are_scored_by_themselves_in_their_own_unit(described: dict[str, Any]) -> None:
+    languages = described["languages"]
+
+    assert list(languages) == ["Chinese", "English", "unknown"]
+    assert {name: row["unit"] for name, row in languages.items()} == {
+        "Chinese": "CER",
+        "English": "WER",
+        "unknown": "WER",
+    }
+    assert languages["Chinese"]["error_rate"] == pytest.approx(1 / 3)  # a character of three
+    assert languages["English"]["error_rate"] == pytest.approx(1 / 4)
+    assert languages["English"]["kl_per_token"] == pytest.approx(0.4 / 8)
+    assert languages["unknown"]["error_rate"] == 0
+
+
+def test_overall_row_is_the_sum_of_the_languages(described: dict[str, Any]) -> None:
+    overall, languages = described["overall"], described["languages"].values()
+
+    for name in ("substitutions", "deletions", "insertions", "reference_tokens", "utterances", "response_tokens"):
+        assert overall[name] == sum(row[name] for row in languages), name
+    assert overall["error_rate"] == pytest.approx(2 / 8)
+    assert overall["kl_per_token"] == pytest.approx(0.8 / 16)
+    assert overall["unit"] == "WER/CER"
+
+
+def test_size_on_disk_is_of_weights_and_quantizer_state(described: dict[str, Any]) -> None:
+    assert described["disk_bytes"] == 120
+    assert described["int8_bytes"] == 42
