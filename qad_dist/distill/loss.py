@@ -91,17 +91,20 @@ class _ChunkedDistillation(torch.autograd.Function):
         sums = torch.zeros(4, dtype=torch.float32, device=student_RD.device)
         gradient_RD = torch.empty_like(student_RD)
         counts_R = ((kl_weight_R > 0) | (ce_weight_R > 0)).float()
+        logits = _Logits(head_VD)
         for start in range(0, len(targets_R), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            student_CV = (student_RD[rows] @ head_VD.T).float()
-            teacher_CV = (teacher_RD[rows] @ head_VD.T).float()
+            student_CV, teacher_CV = logits(student_RD[rows]), logits(teacher_RD[rows])
             agrees_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
-            # float32: in bf16 the sum over V loses about two decimal digits.
-            log_student_CV = F.log_softmax(student_CV / temperature, dim=-1)
+            # In place where it can be: of a vocabulary of 151,936, each of these takes 0.6 GB at 1,024 rows.
             log_teacher_CV = F.log_softmax(teacher_CV.div_(temperature), dim=-1)
-            teacher_probability_CV = log_teacher_CV.exp()
-            kl_C = (teacher_probability_CV * (log_teacher_CV - log_student_CV)).sum(-1) * temperature**2
+            del teacher_CV
+            log_student_CV = F.log_softmax(student_CV / temperature, dim=-1)
             log_plain_CV = log_student_CV if temperature == 1 else F.log_softmax(student_CV, dim=-1)
+            del student_CV
+            teacher_probability_CV = log_teacher_CV.exp()
+            kl_C = log_teacher_CV.sub_(log_student_CV).mul_(teacher_probability_CV).sum(-1) * temperature**2
+            del log_teacher_CV
             ce_C = -log_plain_CV.gather(1, targets_R[rows, None]).squeeze(1)
             kl_weight_C, ce_weight_C, count_C = kl_weight_R[rows], ce_weight_R[rows], counts_R[rows]
             sums += torch.stack(
@@ -112,8 +115,8 @@ class _ChunkedDistillation(torch.autograd.Function):
                     (count_C * agrees_C).sum(),
                 ]
             )
-            gradient_CV = (log_student_CV.exp() - teacher_probability_CV) * (kl_weight_C * temperature)[:, None]
-            gradient_CV += log_plain_CV.exp_() * ce_weight_C[:, None]
+            gradient_CV = log_student_CV.exp().sub_(teacher_probability_CV).mul_((kl_weight_C * temperature)[:, None])
+            gradient_CV += log_plain_CV.exp_().mul_(ce_weight_C[:, None])
             gradient_CV.scatter_add_(1, targets_R[rows, None], -ce_weight_C[:, None])
             gradient_RD[rows] = gradient_CV.to(head_VD.dtype) @ head_VD
         ctx.save_for_backward(gradient_RD)
@@ -124,7 +127,25 @@ class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_RD,) = ctx.saved_tensors
-        return gradient_RD * gradients[0].to(gradient_RD.dtype), *([None] * 7)
+        # The factor stays float32: rounded to bf16 it would scale every gradient of a step by up to 0.4 %.
+        return gradient_RD * gradients[0], *([None] * 7)
+
+
+class _Logits:
+    """The frozen head applied to hidden states: float32 logits, whatever the dtype of the states.
+
+    Rounded to bf16, logits of 20 and more are off by 0.06, and the KL of two models that are as near as teacher and
+    INT8 student would be the rounding's.
+    """
+
+    def __init__(self, head_VD: Tensor) -> None:
+        self._in_gemm = head_VD.is_cuda and head_VD.dtype != torch.float32  # the product is summed in float32 anyway
+        self._head_DV = (head_VD if self._in_gemm else head_VD.float()).T
+
+    def __call__(self, states_CD: Tensor) -> Tensor:
+        if self._in_gemm:
+            return torch.mm(states_CD, self._head_DV, out_dtype=torch.float32)
+        return states_CD.float() @ self._head_DV
 
 
 @torch.no_grad()
@@ -133,10 +154,10 @@ def row_metrics(
 ) -> RowMetrics:
     """KL, cross-entropy and agreement of each response row at temperature 1, for evaluation."""
     kl, ce, agrees = [], [], []
+    logits = _Logits(head_VD)
     for start in range(0, len(targets_R), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        student_CV = (student_RD[rows] @ head_VD.T).float()
-        teacher_CV = (teacher_RD[rows] @ head_VD.T).float()
+        student_CV, teacher_CV = logits(student_RD[rows]), logits(teacher_RD[rows])
         agrees.append(student_CV.argmax(-1) == teacher_CV.argmax(-1))
         log_student_CV, log_teacher_CV = F.log_softmax(student_CV, dim=-1), F.log_softmax(teacher_CV, dim=-1)
         kl.append((log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1))

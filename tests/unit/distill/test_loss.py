@@ -96,7 +96,7 @@ def test_value_and_gradient_are_those_of_the_definition(weights: tuple[float, fl
     expected, expected_gradient_RD = reference(inputs, temperature=temperature)
     for name, value in expected.items():
         assert float(getattr(sums, name).detach()) == pytest.approx(value, rel=2e-6), name
-    torch.testing.assert_close(gradient_RD.double(), expected_gradient_RD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_RD.double(), expected_gradient_RD, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -108,7 +108,7 @@ def test_chunks_do_not_change_the_result(chunk_rows: int, temperature: float) ->
     sums, gradient_RD = run(inputs, temperature=temperature, chunk_rows=chunk_rows)
 
     for name in ("loss", "kl", "ce", "agreements"):
-        torch.testing.assert_close(getattr(sums, name), getattr(whole, name), rtol=1e-6, atol=0)
+        torch.testing.assert_close(getattr(sums, name), getattr(whole, name), rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient_RD, whole_gradient_RD, rtol=1e-5, atol=5e-6)  # products of other shapes
 
 
@@ -225,12 +225,13 @@ def test_nothing_but_the_student_gets_a_gradient() -> None:
     assert head_VD.grad is None
 
 
-def test_bfloat16_states_lose_no_more_than_their_own_rounding() -> None:
-    """Logits are rounded to bfloat16 by the product; everything behind it is float32."""
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_of_bfloat16_states_only_the_gradient_is_rounded(scale: float) -> None:
+    """Logits and all behind them are float32: of close models, logits in bfloat16 would make a KL of their own."""
     inputs = make_inputs(vocabulary=500)
     rounded = inputs._replace(
-        student_RD=inputs.student_RD.bfloat16(),
-        teacher_RD=inputs.teacher_RD.bfloat16(),
+        student_RD=(scale * inputs.teacher_RD + 0.02 * inputs.student_RD).bfloat16(),
+        teacher_RD=(scale * inputs.teacher_RD).bfloat16(),
         head_VD=inputs.head_VD.bfloat16(),
     )
 
@@ -239,9 +240,28 @@ def test_bfloat16_states_lose_no_more_than_their_own_rounding() -> None:
     expected, expected_gradient_RD = reference(rounded, temperature=1.0)
     assert sums.loss.dtype == torch.float32
     assert gradient_RD.dtype == torch.bfloat16
-    assert sums.loss.item() == pytest.approx(expected["loss"], rel=0.01)
+    for name in ("loss", "kl", "ce"):
+        assert getattr(sums, name).item() == pytest.approx(expected[name], rel=2e-3)
     difference = (gradient_RD.double() - expected_gradient_RD).norm() / expected_gradient_RD.norm()
     assert float(difference) < 0.01
+
+
+def test_gradient_of_bfloat16_states_is_scaled_by_the_exact_factor() -> None:
+    inputs = make_inputs(vocabulary=500)
+    student_RD = inputs.student_RD.bfloat16().requires_grad_()
+    arguments = {"kl_weight_R": inputs.kl_weight_R, "ce_weight_R": inputs.ce_weight_R, "temperature": 1.0}
+    heads = inputs.teacher_RD.bfloat16(), inputs.head_VD.bfloat16(), inputs.targets_R
+    factor = 8 / 5411  # lies between two bfloat16 numbers; their rounding is 0.09 % off
+
+    gradients = []
+    for scale in (1.0, factor):
+        student_RD.grad = None
+        (distillation_loss(student_RD, *heads, **arguments, chunk_rows=8).loss * scale).backward()
+        gradients.append(student_RD.grad.double())
+
+    # Each element is rounded once more, up or down; the rounding of the factor would have moved all one way.
+    ratio = (gradients[1] * gradients[0]).sum() / (gradients[0] ** 2).sum()
+    assert float(ratio) == pytest.approx(factor, rel=3e-4)
 
 
 class LargestTensor(TorchDispatchMode):
