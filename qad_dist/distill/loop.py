@@ -1,6 +1,7 @@
 """The training loop: micro-batches to gradients, gradients to steps, and a look at the held-out set now and then."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import learning_rate_at
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.engine import Engine
+from shards.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ def train(
         The state behind the last step; its checkpoint is on disk.
 
     Raises:
-        NonFiniteError: On every rank, before the update that a loss that is no number would have made.
+        NonFiniteError: On every rank, when a loss, a gradient or a held-out value is no number; no update is made of
+            it, and nothing of it is written or kept.
     """
     if state.step == 0:
         state = _evaluate(state, hooks)
@@ -143,7 +146,14 @@ def accumulate_gradient(
 
 def _evaluate(state: TrainingState, hooks: Hooks) -> TrainingState:
     evaluation = hooks.evaluate()
-    hooks.write(state.step, evaluation.as_metrics("heldout_"))
+    values = evaluation.as_metrics("heldout_")
+    for name, value in values.items():
+        if not math.isfinite(value):
+            remedy = "lower train.learning_rate" if state.step else "run quantize again"
+            error = NonFiniteError(f"{name} of step {state.step} must be finite, got {value}; {remedy}")
+            error.is_shared = True  # every rank has the sums of all
+            raise error
+    hooks.write(state.step, values)
     is_best = state.best_step < 0 or evaluation.kl_per_token < state.best_kl
     log.info(
         "event=evaluate step=%d heldout_kl=%.6f agreement=%.4f best=%s",

@@ -18,6 +18,6 @@ class MetricsFile:
             file.write("".join(kept if resumed_step else []).encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append ``{"step": step, **values}``."""
+        """Append ``{"step": step, **values}``; values must be finite, JSON has no others."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")

@@ -1,7 +1,8 @@
 """The training engine: accelerate builds it, DeepSpeed shards it, and this project drives it.
 
 accelerate's own ``backward`` also calls ``engine.step()``, so nobody could look at the loss of all ranks first. Here
-:class:`Engine` makes the four DeepSpeed calls itself: boundary, forward, backward, step.
+:class:`Engine` makes the four DeepSpeed calls itself: boundary, forward, backward, step; and where DeepSpeed leaves out
+an update without a word, it raises.
 """
 
 import os
@@ -64,7 +65,7 @@ class Engine:
             hf_ds_config={
                 **settings,
                 "gradient_clipping": clip_norm,
-                "bf16": {"enabled": dtype == torch.bfloat16},
+                "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
                 "gradient_accumulation_steps": 1,
                 "train_micro_batch_size_per_gpu": 1,
             }
@@ -116,16 +117,25 @@ class Engine:
             is_finite: bool scalar: whether this rank's losses were numbers.
 
         Raises:
-            NonFiniteError: On every rank when any rank's were not; nothing has been updated then.
+            NonFiniteError: On every rank, when a loss of any rank or the gradient's norm is not finite; nothing has
+                been updated then.
         """
         flag = is_finite.to(torch.int32)
         if self.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         if not flag.item():
-            raise NonFiniteError("the loss of every rank must be finite, got nan or inf; lower train.learning_rate")
+            raise self._not_finite("the loss of every rank")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        # DeepSpeed leaves out the update when the norm of the whole gradient is not finite, and knows so on the host.
+        if not self._engine.was_step_applied():
+            raise self._not_finite("the gradient")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        error = NonFiniteError(f"{what} must be finite, got nan or inf; lower train.learning_rate")
+        error.is_shared = self.world_size > 1
+        return error
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient before clipping."""

@@ -286,3 +286,15 @@ def test_loss_that_is_no_number_stops_before_the_update(run_loop, start, student
 
     with pytest.raises(NonFiniteError, match="must be finite"):
         run_loop(Recorder(1.0), start, settings())
+
+
+@pytest.mark.parametrize("kls", [(math.nan,), (1.0, math.inf)], ids=["before training", "in training"])
+def test_heldout_value_that_is_no_number_is_told_and_neither_written_nor_kept(run_loop, start, kls) -> None:
+    recorder = Recorder(*kls)
+    step = 2 * (len(kls) - 1)
+
+    with pytest.raises(NonFiniteError, match=rf"^heldout_kl_per_token of step {step} must be finite, got {kls[-1]};"):
+        run_loop(recorder, start, settings(evaluate_every=2, log_every=4))
+
+    assert recorder.best == [0][: len(kls) - 1]
+    assert [s for s, _ in recorder.lines] == recorder.best

@@ -70,3 +70,13 @@ def test_folder_is_made_when_missing(tmp_path: Path) -> None:
     MetricsFile(tmp_path / "new" / "metrics.jsonl", resumed_step=5).write(6, {"kl": 1.0})
 
     assert lines_of(tmp_path / "new" / "metrics.jsonl") == [{"step": 6, "kl": 1.0}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_value_that_json_does_not_know_is_refused_and_leaves_the_file_as_it_was(path: Path, value: float) -> None:
+    before = path.read_bytes()
+
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        MetricsFile(path, resumed_step=30).write(40, {"gradient_norm": value})
+
+    assert path.read_bytes() == before
