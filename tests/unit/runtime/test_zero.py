@@ -67,3 +67,19 @@ def test_settings_that_the_runs_yaml_decides_are_refused(tmp_path: Path, name: s
 
     with pytest.raises(ConfigError, match=rf"zero\.json: {name} must be left to the run's YAML, got .*; remove it"):
         read_deepspeed_settings(path)
+
+
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "train_micro_batch_size_per_gpu"])
+@pytest.mark.parametrize("value", [2, "auto"])
+def test_batch_sizes_other_than_1_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 2}, name: value})
+
+    with pytest.raises(ConfigError, match=rf"zero\.json: {name} must be 1, got {value!r}; remove it and set"):
+        read_deepspeed_settings(path)
+
+
+def test_settings_without_a_gradient_norm_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 2, "compute_grad_norm": False}})
+
+    with pytest.raises(ConfigError, match=r"zero\.json: zero_optimization\.compute_grad_norm must be true, got False;"):
+        read_deepspeed_settings(path)
