@@ -25,7 +25,7 @@ from typing import Any
 import soundfile
 import soxr
 
-from shards.audio import decode, encode_flac
+from shards.audio import Samples, decode, encode_flac
 from shards.errors import AudioError, ShardError, SourceError, StageError
 from shards.index import INDEX, Index, ShardEntry, make_entry, read_members, write_index
 from shards.schema import SAMPLE_RATE_HZ, SPLITS, Recording, Utterance
@@ -73,14 +73,9 @@ class _Packed:
 
 
 def pack(
-    recordings: Sequence[Recording],
+    tasks: Sequence[ShardTask],
     folder: Path,
     *,
-    seed: int,
-    splits: Mapping[str, str],
-    holdout: float,
-    holdout_by: str,
-    utterances_per_shard: int,
     min_audio_seconds: float,
     max_audio_seconds: float,
     max_rejected_share: float,
@@ -90,13 +85,9 @@ def pack(
     """Pack recordings into ``folder``; go on where an interrupted call with the same recordings and settings ended.
 
     Args:
-        recordings: With unique keys; their order does not matter.
-        folder: Gets ``<split>-000042.tar``, ``utterances.parquet``, ``rejected.jsonl`` and, last, ``index.json``.
-        seed: Decides hold-out and order.
-        splits: The sources' split names to ours.
-        holdout: Share of the training recordings set aside per language.
-        holdout_by: ``speaker`` or ``recording``.
-        utterances_per_shard: Most utterances in a shard.
+        tasks: From :func:`plan_shards`.
+        folder: Gets ``<split>-000042.tar``, ``utterances.parquet``, ``rejected.jsonl`` and, last, ``index.json``. A
+            pack that is there is replaced: :func:`refuse_to_lose` says when it should not be.
         min_audio_seconds: Shorter recordings are rejected.
         max_audio_seconds: Longer recordings are rejected.
         max_rejected_share: More rejected recordings than this share are an error.
@@ -104,21 +95,10 @@ def pack(
         progress: Called after each shard with the recordings and seconds of audio done so far.
 
     Raises:
-        ConfigError: A source's split name is not in ``splits``.
-        SourceError: There are no recordings, or two of one key.
         AudioError: Too many recordings, or all, were rejected; ``rejected.jsonl`` names them, no index is written.
         StageError: The folder cannot be written to, or a packing process died.
     """
-    tasks = plan_shards(
-        recordings,
-        seed=seed,
-        splits=splits,
-        holdout=holdout,
-        holdout_by=holdout_by,
-        utterances_per_shard=utterances_per_shard,
-    )
-    if (folder / INDEX).exists():
-        _refuse_to_lose(folder, recordings, max_rejected_share)
+    num_recordings = sum(len(task.recordings) for task in tasks)
     (folder / INDEX).unlink(missing_ok=True)  # from here on the folder does not count
     settings = _Settings(folder=folder, min_audio_seconds=min_audio_seconds, max_audio_seconds=max_audio_seconds)
     packed: dict[str, _Packed] = {}
@@ -131,12 +111,12 @@ def pack(
             seconds += result.entry.seconds if result.entry else 0.0
             if progress is not None:
                 progress(num_done, seconds)
-            if num_rejected > max_rejected_share * len(recordings):
+            if num_rejected > max_rejected_share * num_recordings:
                 break
     ordered = [packed[task.name] for task in tasks if task.name in packed]
     rejected = [row for result in ordered for row in result.rejected]
     _write_rejected(folder / REJECTED, rejected)
-    _refuse_too_many(rejected, num_done, len(recordings), folder, max_rejected_share)
+    _refuse_too_many(rejected, num_done, num_recordings, folder, max_rejected_share)
     entries = [result.entry for result in ordered if result.entry is not None]
     _remove_leftovers(folder, {entry.name for entry in entries})
     index = write_index(folder, entries, [utterance for result in ordered for utterance in result.utterances])
@@ -145,7 +125,7 @@ def pack(
     reasons = Counter(reason_kind(row["reason"]) for row in rejected)
     return PackReport(
         index=index,
-        num_recordings=len(recordings),
+        num_recordings=num_recordings,
         num_rejected=len(rejected),
         rejected_by_reason=dict(sorted(reasons.items())),
     )
@@ -163,6 +143,14 @@ def plan_shards(
     """Which recordings go into which shard, in which order. Pure.
 
     Within a split the order is random by seed and key, so that every shard mixes languages, sources and speakers.
+
+    Args:
+        recordings: With unique keys; their order does not matter.
+        seed: Decides hold-out and order.
+        splits: The sources' split names to ours.
+        holdout: Share of the training recordings set aside per language.
+        holdout_by: ``speaker`` or ``recording``.
+        utterances_per_shard: Most utterances in a shard.
 
     Raises:
         ConfigError: A source's split name is not in ``splits``.
@@ -188,19 +176,26 @@ def plan_shards(
     return tasks
 
 
+def refuse_to_lose(folder: Path, tasks: Sequence[ShardTask], *, max_rejected_share: float) -> None:
+    """Keep a finished folder when the recordings that it would be made from again are gone.
+
+    Raises:
+        SourceError: More recordings are missing than may be rejected.
+    """
+    if not (folder / INDEX).exists():
+        return
+    paths = [recording.path for task in tasks for recording in task.recordings]
+    missing = [path for path in paths if not Path(path).exists()]
+    if len(missing) > max_rejected_share * len(paths):
+        raise SourceError(
+            f"pack.inputs must name recordings that exist to pack {folder} again, got {len(missing)} of "
+            f"{len(paths)} missing, first {missing[0]}; undo the change, or remove the folder"
+        )
+
+
 def reason_kind(reason: str) -> str:
     """What a rejection is counted under: the words before the first colon."""
     return reason.partition(":")[0]
-
-
-def _refuse_to_lose(folder: Path, recordings: Sequence[Recording], max_rejected_share: float) -> None:
-    """Keep a finished folder when the recordings that it was made from are gone."""
-    missing = [recording.path for recording in recordings if not Path(recording.path).exists()]
-    if len(missing) > max_rejected_share * len(recordings):
-        raise SourceError(
-            f"pack.inputs must name recordings that exist to pack {folder} again, got {len(missing)} of "
-            f"{len(recordings)} missing, first {missing[0]}; undo the change, or remove the folder"
-        )
 
 
 def _pack_all(
@@ -245,15 +240,13 @@ def _begin_worker() -> None:
 def _pack_shard(task: ShardTask, settings: _Settings) -> _Packed:
     plan = _plan_fingerprint(task, settings)
     part_path = _part_path(settings.folder, task)
-    if (kept := _read_part(part_path, plan)) is not None:
+    if (kept := _read_part(part_path, plan)) is not None and _are_rejected_still(kept.rejected, task, settings):
         return kept
     packed = _Packed()
     flacs: dict[str, tuple[bytes, float, Recording]] = {}
     for recording in task.recordings:
         try:
-            samples = decode(
-                recording.path, min_seconds=settings.min_audio_seconds, max_seconds=settings.max_audio_seconds
-            )
+            samples = _samples(recording, settings)
         except AudioError as cause:
             packed.rejected.append(_rejection(recording, task.split, cause))
             continue
@@ -267,6 +260,23 @@ def _pack_shard(task: ShardTask, settings: _Settings) -> _Packed:
     # After the tar: only a shard with this file beside it is whole.
     write_json(part_path, {"plan": plan, **asdict(packed)})
     return packed
+
+
+def _samples(recording: Recording, settings: _Settings) -> Samples:
+    return decode(recording.path, min_seconds=settings.min_audio_seconds, max_seconds=settings.max_audio_seconds)
+
+
+def _are_rejected_still(rejected: Sequence[Mapping[str, Any]], task: ShardTask, settings: _Settings) -> bool:
+    """Whether what was rejected would be so again: permissions may have been mended, a decoder installed since."""
+    recordings = {recording.key: recording for recording in task.recordings}
+    for row in rejected:
+        try:
+            _samples(recordings[row["key"]], settings)
+        except AudioError as cause:
+            if str(cause) == row["reason"]:
+                continue
+        return False
+    return True
 
 
 def _write_tar(path: Path, task: ShardTask, flacs: Mapping[str, tuple[bytes, float, Recording]]) -> None:

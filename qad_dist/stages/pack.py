@@ -12,7 +12,7 @@ from qad_dist.runtime.record import begin_stage, finish_stage, is_finished
 from shards import index
 from shards.audio import header_seconds
 from shards.errors import ShardError
-from shards.pack import REJECTED, PackReport, pack, plan_shards, reason_kind
+from shards.pack import REJECTED, PackReport, ShardTask, pack, plan_shards, reason_kind, refuse_to_lose
 from shards.schema import SPLITS, Recording, Utterance
 from shards.sources import read_sources
 
@@ -32,16 +32,13 @@ def run(run: RunConfig) -> None:
         return
     recordings = read_sources(run.pack.inputs, default_language=run.pack.language)
     logger.info("packing recordings=%d inputs=%d", len(recordings), len(run.pack.inputs))
-    begin_stage(run, STAGE)
+    tasks = _plan(run, recordings)
+    refuse_to_lose(folder, tasks, max_rejected_share=run.pack.max_rejected_share)
+    begin_stage(run, STAGE)  # takes back the record of a finished pack: what can be refused was refused before
     started = time.monotonic()
     report = pack(
-        recordings,
+        tasks,
         folder,
-        seed=run.seed,
-        splits=run.pack.splits,
-        holdout=run.pack.holdout,
-        holdout_by=run.pack.holdout_by,
-        utterances_per_shard=run.pack.utterances_per_shard,
         min_audio_seconds=run.pack.min_audio_seconds,
         max_audio_seconds=run.pack.max_audio_seconds,
         max_rejected_share=run.pack.max_rejected_share,
@@ -76,7 +73,17 @@ def stats(run: RunConfig) -> None:
 def dry_run(run: RunConfig) -> None:
     """Print what pack would do, from the sources and the headers of the recordings; decodes and writes nothing."""
     recordings = read_sources(run.pack.inputs, default_language=run.pack.language)
-    tasks = plan_shards(
+    tasks = _plan(run, recordings)
+    for split in SPLITS:
+        planned = [task for task in tasks if task.split == split]
+        members = [recording for task in planned for recording in task.recordings]
+        seconds, num_unknown = _header_seconds(members)
+        unknown = f" ({num_unknown} recordings whose header tells no length are not counted)" if num_unknown else ""
+        _show([f"{split}: {len(members)} recordings, {seconds / 3600:.3f} h{unknown}, {len(planned)} shards"])
+
+
+def _plan(run: RunConfig, recordings: Sequence[Recording]) -> list[ShardTask]:
+    return plan_shards(
         recordings,
         seed=run.seed,
         splits=run.pack.splits,
@@ -84,12 +91,6 @@ def dry_run(run: RunConfig) -> None:
         holdout_by=run.pack.holdout_by,
         utterances_per_shard=run.pack.utterances_per_shard,
     )
-    for split in SPLITS:
-        planned = [task for task in tasks if task.split == split]
-        members = [recording for task in planned for recording in task.recordings]
-        seconds, num_unknown = _header_seconds(members)
-        unknown = f" ({num_unknown} recordings whose header tells no length are not counted)" if num_unknown else ""
-        _show([f"{split}: {len(members)} recordings, {seconds / 3600:.3f} h{unknown}, {len(planned)} shards"])
 
 
 class _Progress:

@@ -191,6 +191,41 @@ def test_a_kept_shard_that_no_longer_holds_is_packed_again(tmp_path, damage):
     assert (hashes_of(tmp_path / "pack") == expected) == (damage != "other audio")
 
 
+@pytest.mark.parametrize("mended", [True, False])
+def test_what_was_rejected_is_tried_again_when_an_interrupted_pack_goes_on(tmp_path, monkeypatch, mended):
+    recordings = make_recordings(tmp_path / "in", 12)
+    settings = {"utterances_per_shard": 6, "holdout": 0, "max_rejected_share": 0.1}
+    open_file, tried = os.open, []
+
+    def deny(path, *args, **kwargs):
+        if str(path).endswith("/3.wav"):
+            tried.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *args, **kwargs)
+
+    def interrupt(num_done: int, seconds: float) -> None:
+        if num_done == 12:
+            raise InterruptError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", deny)
+        denied = pack_tones(recordings, tmp_path / "denied", **settings)
+        with pytest.raises(InterruptError):
+            pack_tones(recordings, tmp_path / "pack", **settings, progress=interrupt)
+    assert (denied.num_rejected, len(tried)) == (1, 2)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*.tar")}
+    pack_tones(recordings, tmp_path / "whole", **settings)
+    if not mended:
+        monkeypatch.setattr(os, "open", deny)
+
+    report = pack_tones(recordings, tmp_path / "pack", **settings)
+
+    assert report.num_rejected == (0 if mended else 1)
+    assert hashes_of(tmp_path / "pack") == hashes_of(tmp_path / ("whole" if mended else "denied"))
+    packed_again = {path for path in kept if path.stat().st_mtime_ns != kept[path]}
+    assert len(packed_again) == (1 if mended else 0)
+
+
 _PACK_FOR_EVER = """
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shards.pack import PackReport, pack
+from shards.pack import PackReport, pack, plan_shards
 from shards.schema import Recording
 
 
@@ -21,14 +21,17 @@ def pack_tones(
     progress: Callable[[int, float], None] | None = None,
 ) -> PackReport:
     """Pack with the usual split names and these settings."""
-    return pack(
+    tasks = plan_shards(
         recordings,
-        folder,
         seed=seed,
         splits={"train": "train", "dev": "heldout", "test": "test"},
         holdout=holdout,
         holdout_by="speaker",
         utterances_per_shard=utterances_per_shard,
+    )
+    return pack(
+        tasks,
+        folder,
         min_audio_seconds=0.1,
         max_audio_seconds=max_audio_seconds,
         max_rejected_share=max_rejected_share,

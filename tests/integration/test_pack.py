@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from qad_dist.config import ModelConfig, PackConfig, RunConfig
+from qad_dist.runtime.record import is_finished, require_stage
 from qad_dist.stages import pack as stage
-from shards.errors import ConfigError, ShardError
+from shards.errors import ConfigError, ShardError, SourceError
 from shards.index import read_index, read_utterances
 from tests.helpers.packing import hashes_of
 from tests.helpers.tones import write_tone
@@ -94,3 +95,25 @@ def test_an_unknown_split_stops_before_anything_is_written(run):
         stage.run(changed)
 
     assert not (run.stage_folder("pack") / "rejected.jsonl").exists()
+
+
+def change(run: RunConfig, **settings: object) -> RunConfig:
+    return run.model_copy(update={"pack": run.pack.model_copy(update=settings)})
+
+
+def test_an_edit_that_is_refused_and_undone_leaves_the_finished_pack_as_it_was(run, tmp_path):
+    stage.run(run)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.stage_folder("pack").iterdir()}
+    (tmp_path / "set" / "n.jsonl").write_text('{"audio": "more.wav", "split": "validation"}\n')
+
+    with pytest.raises(ConfigError, match=r"pack\.splits must list every split of the sources, got 'validation'"):
+        stage.run(change(run, inputs=[*run.pack.inputs, str(tmp_path / "set" / "n.jsonl")]))
+    for path in (tmp_path / "set").glob("*.wav"):
+        path.unlink()
+    with pytest.raises(SourceError, match=r"got 13 of 13 missing, first .*; undo the change, or remove the folder"):
+        stage.run(change(run, holdout=0.5))
+
+    assert is_finished(run, "pack")
+    assert require_stage(run, "pack")["results"]["num_utterances"] == 12
+    stage.run(run)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.stage_folder("pack").iterdir()} == before

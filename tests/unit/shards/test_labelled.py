@@ -10,8 +10,8 @@ from shards.errors import ShardError
 from shards.index import read_index, read_utterances
 from shards.labelled import read_labelled
 from shards.labels import LabelHeader, label_path, write_labels
-from shards.pack import pack
 from shards.schema import PseudoLabel, Recording, Utterance
+from tests.helpers.packing import pack_tones
 from tests.helpers.tones import write_tone
 
 NUM_UTTERANCES = 7
@@ -26,19 +26,7 @@ def packed(tmp_path: Path) -> Path:
         write_tone(path, number)
         split = "test" if number == 0 else "train"
         recordings.append(Recording(path=str(path), key=f"utt-{number}", source="tones", split=split))
-    pack(
-        recordings,
-        tmp_path / "pack",
-        seed=0,
-        splits={"train": "train", "test": "test"},
-        holdout=0,
-        holdout_by="recording",
-        utterances_per_shard=3,
-        min_audio_seconds=0.1,
-        max_audio_seconds=30,
-        max_rejected_share=0,
-        processes=1,
-    )
+    pack_tones(recordings, tmp_path / "pack", holdout=0, utterances_per_shard=3)
     return tmp_path / "pack"
 
 
