@@ -15,7 +15,9 @@ def assign_splits(
 
     What the source calls by a name is mapped by ``splits``. Of what is then train, or has no name, a share is set aside
     per language as held-out: whole speakers where they are known (one who is set aside is so in all languages), else
-    single recordings. A language with a single speaker gives recordings of that one. At least one group stays in train.
+    single recordings. Nobody is set aside who is the last one left of a language. A language of which nobody can be
+    (one speaker, or several who are each the last one of another) gives single recordings, so that these speakers are
+    on both sides. At least one group stays in train.
 
     Args:
         recordings: With unique keys; their order does not matter.
@@ -32,18 +34,18 @@ def assign_splits(
     mapped = [TRAIN if recording.split is None else splits[recording.split] for recording in recordings]
     if holdout == 0:
         return mapped
-    by_language: defaultdict[str, list[int]] = defaultdict(list)
-    for number, (recording, split) in enumerate(zip(recordings, mapped, strict=True)):
-        if split == TRAIN:
-            by_language[recording.language or ""].append(number)
-    held: set[str] = set()
-    groups: dict[int, str] = {}
-    for _, numbers in sorted(by_language.items()):
-        by = holdout_by if len({_group(recordings[number], holdout_by) for number in numbers}) > 1 else "recording"
-        groups |= {number: _group(recordings[number], by) for number in numbers}
-        held |= _choose(Counter(groups[number] for number in numbers), holdout=holdout, held=held, seed=seed)
-    # Only now: a later language may have set aside a speaker of an earlier one.
-    return [HELDOUT if groups.get(number) in held else split for number, split in enumerate(mapped)]
+    numbers = [number for number, split in enumerate(mapped) if split == TRAIN]
+    speakers = {number: _group(recordings[number], holdout_by) for number in numbers}
+    keys = {number: _group(recordings[number], "recording") for number in numbers}
+    languages = {number: recordings[number].language or "" for number in numbers}
+    held = _choose(languages, speakers, holdout=holdout, seed=seed)
+    settled = {languages[number] for number in numbers if speakers[number] in held}
+    by_recording = {number: language for number, language in languages.items() if language not in settled}
+    held |= _choose(by_recording, keys, holdout=holdout, seed=seed)
+    return [
+        HELDOUT if speakers.get(number) in held or keys.get(number) in held else split
+        for number, split in enumerate(mapped)
+    ]
 
 
 def seeded_rank(seed: int, name: str) -> str:
@@ -51,19 +53,37 @@ def seeded_rank(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
-def _choose(sizes: Counter[str], *, holdout: float, held: set[str], seed: int) -> set[str]:
-    """Groups of one language to set aside, beside those that another language has set aside already."""
-    target = holdout * sizes.total()
-    total = sum(size for group, size in sizes.items() if group in held)
-    order = sorted((group for group in sizes if group not in held), key=lambda group: (seeded_rank(seed, group), group))
-    chosen: set[str] = set()
-    for group in order[: len(order) - 1]:
-        if abs(total + sizes[group] - target) < abs(total - target):
-            chosen.add(group)
-            total += sizes[group]
-    if total == 0 and len(order) > 1:
-        chosen.add(min(order, key=lambda group: sizes[group]))
-    return chosen
+def _choose(languages: Mapping[int, str], groups: Mapping[int, str], *, holdout: float, seed: int) -> set[str]:
+    """Groups to set aside, given language and group of each recording; one group at least stays in each language."""
+    sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for number, language in languages.items():
+        sizes[language][groups[number]] += 1
+    homes: defaultdict[str, list[str]] = defaultdict(list)
+    for language, counts in sizes.items():
+        for group in counts:
+            homes[group].append(language)
+    left = {language: len(counts) for language, counts in sizes.items()}
+    held: set[str] = set()
+
+    def can_go(group: str) -> bool:
+        return all(left[language] > 1 for language in homes[group])
+
+    def set_aside(group: str) -> None:
+        held.add(group)
+        for language in homes[group]:
+            left[language] -= 1
+
+    for _, counts in sorted(sizes.items()):
+        target = holdout * counts.total()
+        total = sum(size for group, size in counts.items() if group in held)
+        order = sorted(counts.keys() - held, key=lambda group: (seeded_rank(seed, group), group))
+        for group in order:
+            if can_go(group) and abs(total + counts[group] - target) < abs(total - target):
+                set_aside(group)
+                total += counts[group]
+        if total == 0 and (free := list(filter(can_go, order))):
+            set_aside(min(free, key=counts.__getitem__))
+    return held
 
 
 def _group(recording: Recording, holdout_by: str) -> str:

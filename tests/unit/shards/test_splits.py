@@ -73,6 +73,48 @@ def test_a_language_of_one_speaker_gives_recordings_of_that_one():
     assert splits.count("heldout") == 5
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_the_only_speaker_of_a_language_is_not_set_aside_in_another_one(seed):
+    arabic = [recording(i, speaker="s", language="Arabic") for i in range(100)]
+    english = [recording(100 + i, speaker=f"e{i % 9}" if i % 10 else "s") for i in range(500)]
+
+    splits = assign(arabic + english, seed=seed)
+
+    assert splits[:100].count("heldout") == 10
+    sides = {(r.speaker, split) for r, split in zip(english, splits[100:], strict=True)}
+    assert ("s", "train") in sides and len(sides) == 10
+    assert 25 <= splits[100:].count("heldout") <= 75
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_languages_that_share_speakers_all_keep_a_train_split(seed):
+    spoken = {"Arabic": "xy", "English": "xyz", "French": "zy"}
+    recordings = [
+        recording(100 * n + i, speaker=speaker, language=language)
+        for n, (language, speaker) in enumerate((language, s) for language, names in spoken.items() for s in names)
+        for i in range(10)
+    ]
+
+    splits = assign(recordings, holdout=0.5, seed=seed)
+
+    sides = {(r.speaker, split) for r, split in zip(recordings, splits, strict=True)}
+    assert len(sides) == 3  # nobody is on both sides
+    for language in spoken:
+        assert {s for r, s in zip(recordings, splits, strict=True) if r.language == language} == {"train", "heldout"}
+
+
+def test_a_language_whose_speakers_are_each_the_only_one_of_another_gives_recordings():
+    recordings = [
+        *(recording(i, speaker="a", language="Arabic") for i in range(10)),
+        *(recording(10 + i, speaker="g", language="German") for i in range(10)),
+        *(recording(20 + i, speaker="ag"[i % 2]) for i in range(20)),
+    ]
+
+    splits = assign(recordings)
+
+    assert [splits[i:j].count("heldout") for i, j in ((0, 10), (10, 20), (20, 40))] == [1, 1, 2]
+
+
 def test_two_speakers_give_the_smaller_one_however_small_the_share():
     recordings = [recording(i, speaker="big" if i < 80 else "small") for i in range(100)]
 
