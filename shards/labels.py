@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError
+from shards.errors import NonFiniteError, ShardError
 from shards.schema import PseudoLabel
 from shards.storage import atomic_write
 
@@ -34,7 +35,18 @@ def label_path(folder: Path, shard: str) -> Path:
 
 
 def write_labels(path: Path, header: LabelHeader, labels: Sequence[PseudoLabel]) -> None:
-    """Write a label file atomically; equal labels give equal bytes, and log-probabilities come back exactly."""
+    """Write a label file atomically; equal labels give equal bytes, and log-probabilities come back exactly.
+
+    Raises:
+        NonFiniteError: A log-probability is NaN or infinite.
+        StageError: The file cannot be written.
+    """
+    for label in labels:
+        if wrong := [value for value in (*label.token_logprobs, label.mean_logprob) if not math.isfinite(value)]:
+            raise NonFiniteError(
+                f"{path}: log-probabilities of {label.key!r} must be finite, got {wrong[0]}; "
+                "the teacher overflows: check its weights, or set model.dtype to float32"
+            )
     body = "".join(_line(asdict(label)) for label in labels).encode()
     first = {
         "version": _VERSION,

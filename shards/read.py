@@ -9,6 +9,9 @@ from shards.audio import Samples, decode_flac
 from shards.errors import AudioError, ShardError
 from shards.schema import SAMPLE_RATE_HZ, Utterance
 
+# Of a plain tar: the block before a member's data begins with its name. Keys are short enough for one such block.
+_HEADER_BYTES, _NAME_BYTES = 512, 100
+
 
 def read_audio(folder: Path, utterance: Utterance) -> Samples:
     """The samples of one utterance: float32 in [-1, 1], 16 kHz, mono.
@@ -41,13 +44,16 @@ def read_many(folder: Path, utterances: Sequence[Utterance]) -> list[Samples]:
 
 
 def _read(file: BinaryIO, path: Path, utterance: Utterance) -> Samples:
-    file.seek(utterance.audio_offset)
+    file.seek(utterance.audio_offset - _HEADER_BYTES)
+    header = file.read(_HEADER_BYTES)
     data = file.read(utterance.audio_bytes)
     where = f"{path}: utterance {utterance.key!r}"
     if len(data) != utterance.audio_bytes:
         raise ShardError(
             f"{where} must have {utterance.audio_bytes} bytes, got {len(data)}; the shard was cut, pack again"
         )
+    if (name := header[:_NAME_BYTES].rstrip(b"\0")) != f"{utterance.key}.flac".encode():
+        raise ShardError(f"{where} must be where the index says, got {name!r} there; it is another shard, pack again")
     try:
         samples = decode_flac(data)
     except AudioError as cause:

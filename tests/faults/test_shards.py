@@ -4,17 +4,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shards.errors import ShardError, StageError
+from shards.errors import NonFiniteError, ShardError, StageError
 from shards.index import INDEX, read_index, read_utterances, verify
 from shards.labels import LabelHeader, read_header, read_labels, write_labels
 from shards.read import read_audio, read_many
-from shards.schema import PseudoLabel
+from shards.schema import PseudoLabel, Recording
 from tests.helpers.packing import hashes_of, pack_tones
-from tests.helpers.tones import make_recordings
+from tests.helpers.tones import make_recordings, number_of, write_tone
 
 
 @pytest.fixture
@@ -61,12 +62,23 @@ def test_one_flipped_bit_is_found_by_a_full_verify(folder, place):
         verify(folder)
 
 
-def test_a_shard_in_the_place_of_another_is_not_read_as_it(folder):
+def test_a_shard_in_the_place_of_another_is_not_read_as_it(tmp_path):
+    """All utterances last as long and lie at the same places: only their names differ."""
+    recordings = [
+        Recording(path=str(write_tone(tmp_path / "in" / f"{i}.wav", i)), key=f"tone-{i}", source="tones")
+        for i in range(8)
+    ]
+    folder = tmp_path / "pack"
+    pack_tones(recordings, folder, holdout=0, utterances_per_shard=4)
     first, second = (next(u for u in read_utterances(folder) if u.shard == f"train-00000{i}.tar") for i in (0, 1))
-    (folder / second.shard).write_bytes(b"\0" * 512 + (folder / first.shard).read_bytes())
+    assert first.audio_offset == second.audio_offset
+    (folder / second.shard).write_bytes((folder / first.shard).read_bytes())
 
-    with pytest.raises(ShardError, match=r"must be FLAC, got unreadable"):
-        read_audio(folder, second)
+    with pytest.raises(
+        ShardError, match=rf"'{second.key}' must be where the index says, got b'{first.key}\.flac' there"
+    ):
+        read_audio(folder, replace(second, audio_bytes=first.audio_bytes))
+    assert number_of(read_audio(folder, first)) == int(first.key.removeprefix("tone-"))
 
 
 def test_a_missing_shard_is_named(folder):
@@ -135,6 +147,17 @@ def test_a_changed_label_is_refused_though_the_header_is_good(label_file):
     assert read_header(label_file) is not None
     with pytest.raises(ShardError, match="must have the hash in its header"):
         read_labels(label_file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_log_probability_that_is_no_number_is_named_and_nothing_is_written(label_file, value):
+    header, labels = read_labels(label_file)
+    before = label_file.read_bytes()
+    bad = replace(labels[2], token_logprobs=(-0.5, value), mean_logprob=value)
+
+    with pytest.raises(NonFiniteError, match=r"log-probabilities of 'k2' must be finite, got (nan|-inf); "):
+        write_labels(label_file, header, [*labels[:2], bad])
+    assert label_file.read_bytes() == before
 
 
 class InterruptError(Exception):
