@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import qwen_asr  # noqa: F401  registers the model with transformers' Auto classes
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel
 
 from qad_dist.asr.attention import SEGMENT_ATTENTION, register
+from qad_dist.asr.checkpoint import HEAD, USED_PARTS, first_line, load_config, load_processor, model_errors, stored_head
+from qad_dist.asr.mel import extractor_mismatches
 from qad_dist.asr.prompt import Prompt
 from qad_dist.config import ModelConfig
+from qad_dist.linears import LINEARS
 from qad_dist.runtime.logs import prints_as_debug
 from shards.errors import ModelError
 from shards.storage import fingerprint, sha256_file
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 MODELOPT_STATE = "modelopt_state.pth"
 """Beside the weights of a folder that ModelOpt quantized."""
-LINEARS_PER_LAYER = 7
 PROCESSOR_FILES = (
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
@@ -87,10 +87,9 @@ def resolve_model_folder(path: str, revision: str | None = None, *, setting: str
         try:
             return Path(snapshot_download(path, revision=revision))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
-            reason = str(cause).splitlines()[0]
             raise ModelError(
-                f"{setting} must be a checkpoint's folder or a hub id within reach, got {path!r} ({reason}); "
-                "download it and name the folder"
+                f"{setting} must be a checkpoint's folder or a hub id within reach, got {path!r} "
+                f"({first_line(cause)}); download it and name the folder"
             ) from cause
     if not (folder / "config.json").is_file():
         raise ModelError(f"{setting} must be a folder with config.json, got {path!r}; name a Qwen3-ASR checkpoint")
@@ -121,31 +120,26 @@ def load_model(
             f"name a {'quantized' if quantized else 'full-precision'} checkpoint"
         )
     register()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "qwen3_asr":
-            raise ModelError(f"{folder} must hold a qwen3_asr model, got {config.model_type!r}; name another folder")
-        with prints_as_debug(log):  # ModelOpt's, for a quantized checkpoint
-            model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
-            )
-        processor = AutoProcessor.from_pretrained(folder, fix_mistral_regex=True)
-    # ImportError: without tokenizer files transformers looks for a converter that is not installed.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as cause:
-        if isinstance(cause, ModelError):
-            raise
-        reason = str(cause).strip().splitlines()[0]
-        raise ModelError(f"{folder} must be a complete Qwen3-ASR checkpoint, got: {reason}") from cause
+    config, processor = load_config(folder), load_processor(folder)
+    if wrong := extractor_mismatches(processor.feature_extractor, config.thinker_config.audio_config.num_mel_bins):
+        raise ModelError(f"{folder}/preprocessor_config.json: {wrong[0]}; copy the base model's files again")
+    if stored_head(folder) == "own":
+        raise ModelError(f"{folder} must tie lm_head to the embedding, got a head of its own; it is not supported")
+    with model_errors(f"{folder} must be a complete Qwen3-ASR checkpoint"), prints_as_debug(log):  # prints: ModelOpt's
+        model, report = AutoModel.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+        )
     # The tied head is stored once or twice; both are complete.
-    missing = [name for name in report["missing_keys"] if not name.endswith("lm_head.weight")]
+    missing = [name for name in report["missing_keys"] if name != HEAD]
     if missing or report["mismatched_keys"]:
         names = [*missing, *(str(entry[0]) for entry in report["mismatched_keys"])]
         raise ModelError(f"{folder} must hold every weight of its config, got {len(names)} missing, first {names[0]}")
-    head, embedding = model.thinker.lm_head, model.thinker.model.embed_tokens
-    is_stored = not any(name.endswith("lm_head.weight") for name in report["missing_keys"])
-    if is_stored and not torch.equal(head.weight, embedding.weight):
-        raise ModelError(f"{folder} must tie lm_head to the embedding, got a head of its own; it is not supported")
-    head.weight = embedding.weight
+    if unknown := sorted(name for name in report["unexpected_keys"] if name.startswith(USED_PARTS)):
+        raise ModelError(
+            f"{folder} must hold no weight that its config has no place for, got {len(unknown)}, first {unknown[0]}; "
+            "copy all files of one checkpoint"
+        )
+    model.thinker.lm_head.weight = model.thinker.model.embed_tokens.weight
     for part in (model.thinker.audio_tower, model.thinker.model):
         part.config._attn_implementation = SEGMENT_ATTENTION
     model.eval().requires_grad_(False).to(device)
@@ -168,9 +162,9 @@ def count_decoder_linears(decoder: Any) -> int:
     """
     num_linears = sum(isinstance(module, nn.Linear) for module in decoder.modules())
     num_layers = len(decoder.layers)
-    if num_linears != LINEARS_PER_LAYER * num_layers:
+    if num_linears != len(LINEARS) * num_layers:
         raise ModelError(
-            f"the decoder must have {LINEARS_PER_LAYER} Linear layers in each of its {num_layers} layers, "
+            f"the decoder must have {len(LINEARS)} Linear layers in each of its {num_layers} layers, "
             f"got {num_linears} in all; this architecture is not supported"
         )
     return num_linears

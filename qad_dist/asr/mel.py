@@ -16,6 +16,18 @@ def num_frames(num_audio_samples: int) -> int:
     return num_audio_samples // HOP_SAMPLES
 
 
+def extractor_mismatches(extractor: Any, num_mel_bins: int) -> list[str]:
+    """What of a feature extractor does not suit this project and the audio tower; nothing for one that does.
+
+    Args:
+        extractor: The processor's ``feature_extractor``. Made from a file that says nothing, it has Whisper's 80 bins.
+        num_mel_bins: What the audio tower reads.
+    """
+    wanted = {"feature_size": num_mel_bins, "hop_length": HOP_SAMPLES, "sampling_rate": SAMPLE_RATE_HZ}
+    found = {name: getattr(extractor, name, None) for name in wanted}
+    return [f"{name} must be {wanted[name]}, got {found[name]}" for name in wanted if found[name] != wanted[name]]
+
+
 def log_mel(audio_A: np.ndarray, extractor: Any) -> Tensor:
     """Log-mel of one utterance, without any padding behind it.
 

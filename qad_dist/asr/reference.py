@@ -5,22 +5,20 @@ and model, or read from the files.
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from qwen_asr import Qwen3ASRModel
 from qwen_asr.core.transformers_backend.processing_qwen3_asr import _get_feat_extract_output_lengths
 from qwen_asr.inference.utils import split_audio_into_chunks
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel
 
-from shards.errors import ModelError
+from qad_dist.asr.checkpoint import model_errors
+from qad_dist.linears import LINEARS
 from shards.schema import SAMPLE_RATE_HZ
 
 AUDIO_TOKEN = "<|audio_pad|>"  # noqa: S105  tokens of the prompt, not passwords
@@ -39,8 +37,6 @@ PROMPT_TEXT = (
 )
 """What the model was trained on, for one utterance without context."""
 
-INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
-
 
 @dataclass(frozen=True, slots=True)
 class ReferenceInputs:
@@ -51,64 +47,25 @@ class ReferenceInputs:
     """float32, all frames valid."""
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Files that a checkpoint needs and this folder lacks; alternatives are joined by `` or ``."""
-    alternatives = (
-        ("config.json",),
-        ("preprocessor_config.json",),
-        ("tokenizer_config.json",),
-        ("tokenizer.json", "vocab.json"),
-        ("chat_template.jinja", "chat_template.json"),
-        (WEIGHTS_FILE, INDEX_FILE),
-    )
-    return [" or ".join(names) for names in alternatives if not any((folder / name).is_file() for name in names)]
-
-
-def load_config(folder: Path) -> Any:
-    """The checkpoint's config.
-
-    Raises:
-        ModelError: It is unreadable or not of this family.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as cause:
-        raise ModelError(f"{folder}/config.json must be a model's config, got: {_first_line(cause)}") from cause
-    if config.model_type != "qwen3_asr":
-        raise ModelError(f"{folder}/config.json must name model_type 'qwen3_asr', got {config.model_type!r}")
-    return config
-
-
-def load_processor(folder: Path) -> Any:
-    """The checkpoint's processor, exactly as qwen-asr loads it.
-
-    Raises:
-        ModelError: Tokenizer or preprocessor files are unreadable.
-    """
-    try:
-        return AutoProcessor.from_pretrained(folder, fix_mistral_regex=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as cause:
-        reason = _first_line(cause)
-        raise ModelError(
-            f"{folder} must hold a tokenizer and a preprocessor, got: {reason}; copy them again"
-        ) from cause
-
-
 def prompt_text(processor: Any) -> str:
     """The prompt of one utterance as text, before its audio token is repeated.
 
     Raises:
         ModelError: There is no chat template, or it cannot be rendered.
     """
-    try:
+    with model_errors("the chat template must render a prompt"):
         return _wrapper(processor)._build_text_prompt("", None)
-    except (ValueError, TypeError, KeyError, TemplateError) as cause:
-        raise ModelError(f"the chat template must render a prompt, got: {_first_line(cause)}") from cause
 
 
 def reference_inputs(processor: Any, audio_A: np.ndarray) -> ReferenceInputs:
-    """Ask qwen-asr's processor for the inputs of one utterance (float32 mono at 16 kHz, as it is)."""
-    inputs = processor(text=[prompt_text(processor)], audio=[audio_A], return_tensors="pt", padding=True)
+    """Ask qwen-asr's processor for the inputs of one utterance (float32 mono at 16 kHz, as it is).
+
+    Raises:
+        ModelError: It cannot make them.
+    """
+    text = prompt_text(processor)
+    with model_errors("preprocessor_config.json must suit speech at 16 kHz"):
+        inputs = processor(text=[text], audio=[audio_A], return_tensors="pt", padding=True)
     num_frames = int(inputs["feature_attention_mask"].sum())
     return ReferenceInputs(inputs["input_ids"][0].tolist(), inputs["input_features"][0, :, :num_frames])
 
@@ -161,10 +118,14 @@ def transcribe_with_qwen_asr(model: Qwen3ASRModel, audio_A: np.ndarray) -> tuple
 
 
 def empty_model(config: Any) -> nn.Module:
-    """The model of a config on the meta device: names and shapes of everything, no memory."""
+    """The model of a config on the meta device: names and shapes of everything, no memory.
+
+    Raises:
+        ModelError: No model can be made of it.
+    """
     nameless = copy.deepcopy(config)
     nameless._name_or_path = ""  # where ModelOpt's checkpointing is on, it would look there for quantizers
-    with torch.device("meta"):
+    with model_errors(f"{config._name_or_path}/config.json must describe a model"), torch.device("meta"):
         return AutoModel.from_config(nameless)
 
 
@@ -182,62 +143,15 @@ def expected_linears(config: Any) -> dict[str, tuple[int, int]]:
     text = config.thinker_config.text_config
     width, inner = text.hidden_size, text.intermediate_size
     queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    shapes = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
+    attention = ((queries, width), (keys, width), (keys, width), (width, queries))
+    shapes = (*attention, (inner, width), (inner, width), (width, inner))
     return {
         f"thinker.model.layers.{layer}.{name}": shape
         for layer in range(text.num_hidden_layers)
-        for name, shape in shapes.items()
+        for name, shape in zip(LINEARS, shapes, strict=True)
     }
-
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every stored tensor, from the safetensors headers alone.
-
-    Raises:
-        ModelError: A weights file is missing or damaged.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as cause:
-            raise ModelError(f"{path} must be a safetensors file, got: {_first_line(cause)}; copy it again") from cause
-    return shapes
-
-
-def stored_tensor(folder: Path, name: str) -> Tensor:
-    """One stored tensor, by its name in :func:`stored_shapes`."""
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118  safe_open has no __contains__
-                return file.get_tensor(name)
-    raise ModelError(f"{folder} must hold the weight {name}, got none of that name")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / WEIGHTS_FILE]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError) as cause:
-        raise ModelError(f"{index} must hold a weight_map, got: {_first_line(cause)}; copy it again") from cause
-    return [folder / name for name in sorted(set(names))]
 
 
 def _wrapper(processor: Any) -> Qwen3ASRModel:
     """qwen-asr's own class around a processor; its model is not touched by building prompts."""
     return Qwen3ASRModel(backend="transformers", model=nn.Linear(1, 1), processor=processor)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

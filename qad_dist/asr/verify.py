@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qad_dist.asr import audio_tower, mel, reference
-from qad_dist.asr.load import LINEARS_PER_LAYER, MODELOPT_STATE, load_model
+from qad_dist.asr import audio_tower, checkpoint, mel, reference
+from qad_dist.asr.load import MODELOPT_STATE, load_model
 from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.transcribe import transcribe
+from qad_dist.linears import LINEARS
 from qad_dist.runtime.machine import FAIL, OK, WARN, Finding, guarded
 from shards.schema import ENDED_BY_END_TOKEN, SAMPLE_RATE_HZ
 from shards.storage import read_json
@@ -43,7 +44,7 @@ def verify_model(folder: Path) -> Iterator[Finding]:
         ModelError: The config cannot be read, so that there is nothing to compare with.
     """
     yield from _files(folder)
-    config = reference.load_config(folder)
+    config = checkpoint.load_config(folder)
     yield from guarded("decoder", _decoder(config))
     yield from guarded("audio tower", _audio_tower(config))
     yield from guarded("weights", _weights(folder, config))
@@ -80,7 +81,7 @@ def verify_transcript(
 
 
 def _files(folder: Path) -> Iterator[Finding]:
-    if missing := reference.missing_files(folder):
+    if missing := checkpoint.missing_files(folder):
         text = f"{folder} must hold {', '.join(missing)}, got none of that name; copy the whole checkpoint"
         yield Finding(FAIL, "model files", text)
     if (folder / MODELOPT_STATE).exists():
@@ -95,12 +96,12 @@ def _decoder(config: Any) -> Iterator[Finding]:
     layers = config.thinker_config.text_config.num_hidden_layers
     if found == expected:
         weights = sum(outputs * inputs for outputs, inputs in found.values())
-        text = f"{len(found)} Linear layers, {LINEARS_PER_LAYER} in each of {layers} layers"
+        text = f"{len(found)} Linear layers, {len(LINEARS)} in each of {layers} layers"
         yield Finding(OK, "decoder", f"{text}, {weights / 1e6:,.1f} M weights")
         return
     names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     text = (
-        f"must have the {LINEARS_PER_LAYER} known Linear layers in each of {layers} layers ({len(expected)}), "
+        f"must have the {len(LINEARS)} known Linear layers in each of {layers} layers ({len(expected)}), "
         f"got {len(found)}, {len(names)} of other name or shape, first {names[0]}; {_NOT_SUPPORTED}"
     )
     yield Finding(FAIL, "decoder", text)
@@ -124,10 +125,9 @@ def _audio_tower(config: Any) -> Iterator[Finding]:
 
 def _weights(folder: Path, config: Any) -> Iterator[Finding]:
     """Names and shapes of the stored tensors against the config; the head must be the embedding."""
-    stored = reference.stored_shapes(folder)
+    stored = checkpoint.stored_shapes(folder)
     needed = {name: tuple(weight.shape) for name, weight in reference.empty_model(config).named_parameters()}
-    head, embedding = "thinker.lm_head.weight", "thinker.model.embed_tokens.weight"
-    needed.pop(head, None)  # a tied head is stored once or twice
+    needed.pop(checkpoint.HEAD, None)  # a tied head is stored once or twice
     wrong = sorted(name for name, shape in needed.items() if stored.get(name) != shape)
     if wrong:
         first = f"{wrong[0]} {stored.get(wrong[0], 'missing')} instead of {needed[wrong[0]]}"
@@ -135,31 +135,34 @@ def _weights(folder: Path, config: Any) -> Iterator[Finding]:
             f"{folder} must hold every weight of its config, got {len(wrong)} missing or of other shape, first {first}"
         )
         yield Finding(FAIL, "weights", text)
-    if unknown := sorted(stored.keys() - needed.keys() - {head}):
+    unknown = sorted(stored.keys() - needed.keys() - {checkpoint.HEAD})
+    if used := [name for name in unknown if name.startswith(checkpoint.USED_PARTS)]:
+        text = (
+            f"{folder} must hold no weight that its config has no place for, got {len(used)}, first {used[0]}; "
+            "copy all files of one checkpoint"
+        )
+        yield Finding(FAIL, "weights", text)
+    elif unknown:
         text = f"{len(unknown)} stored weights have no place in the model, first {unknown[0]}; they are ignored"
         yield Finding(WARN, "weights", text)
     if not wrong:
         num_weights = sum(map(math.prod, needed.values()))
         yield Finding(OK, "weights", f"{len(needed)} tensors, {num_weights / 1e6:,.1f} M weights")
-    if head in stored and not _is_tied(folder, head, embedding):
+    if (head := checkpoint.stored_head(folder)) == "own":
         text = "lm_head must be tied to the embedding, got other weights; this project shares one tensor for both"
         yield Finding(FAIL, "weights", text)
         return
-    yield Finding(OK, "weights", f"lm_head is tied to the embedding (stored {'twice' if head in stored else 'once'})")
-
-
-def _is_tied(folder: Path, head: str, embedding: str) -> bool:
-    return torch.equal(reference.stored_tensor(folder, head), reference.stored_tensor(folder, embedding))
+    yield Finding(OK, "weights", f"lm_head is tied to the embedding (stored {head})")
 
 
 def _processor(folder: Path, config: Any) -> Iterator[Finding]:
-    processor = reference.load_processor(folder)
+    processor = checkpoint.load_processor(folder)
     yield from guarded("tokens", _tokens(folder, processor.tokenizer, config))
     for finding in guarded("chat template", _template(processor)):
         yield finding
         if finding.level == FAIL:
             return
-    yield from guarded("prompt", _prompt(processor))
+    yield from guarded("prompt", _prompt(processor, config.thinker_config.audio_config.num_mel_bins))
 
 
 def _tokens(folder: Path, tokenizer: Any, config: Any) -> Iterator[Finding]:
@@ -196,7 +199,8 @@ def _end_ids(path: Path, end: int) -> list[str]:
     """What is wrong with the end ids of a generation config, if there is one."""
     if not path.is_file():
         return []
-    found = read_json(path).get("eos_token_id", end)
+    values = read_json(path)
+    found = values.get("eos_token_id", end) if isinstance(values, dict) else values
     if end in (found if isinstance(found, list) else [found]):
         return []
     return [f"{path.name}: eos_token_id must hold the end token's id {end}, got {found}"]
@@ -210,8 +214,12 @@ def _template(processor: Any) -> Iterator[Finding]:
         yield Finding(OK, "chat template", "renders the prompt that the model was trained on")
 
 
-def _prompt(processor: Any) -> Iterator[Finding]:
-    """Our prompt, log-mel and token counts against qwen-asr's processor."""
+def _prompt(processor: Any, num_mel_bins: int) -> Iterator[Finding]:
+    """Our prompt, log-mel and token counts against qwen-asr's processor, which must suit the audio tower."""
+    if mismatches := mel.extractor_mismatches(processor.feature_extractor, num_mel_bins):
+        for rule in mismatches:
+            yield Finding(FAIL, "prompt", f"preprocessor_config.json: {rule}; copy the base model's files again")
+        return
     prompt = Prompt.from_processor(processor)
     noise = np.random.default_rng(0)
     wrong = []

@@ -5,9 +5,6 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Of one decoder layer: what gets a weight and an input quantizer."""
-
 
 def modelopt_config(*, alpha: float) -> dict[str, Any]:
     """ModelOpt's INT8 SmoothQuant preset, for the decoder only.

@@ -11,7 +11,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
-from qad_dist.quant.recipe import LINEARS
+from qad_dist.linears import LINEARS
 from qad_dist.runtime.logs import prints_as_debug
 from shards.errors import ModelError
 
@@ -57,7 +57,7 @@ def check_quantizers(model: nn.Module, *, num_layers: int) -> int:
             "load a local folder that holds modelopt_state.pth, or run quantize again"
         )
     for name, quantizer in found.items():
-        linear = name.split(".")[-2]
+        linear = ".".join(name.split(".")[-3:-1])
         if linear not in LINEARS or "audio_tower" in name:
             raise ModelError(f"only the decoder's Linears may be quantized, got {name}; run quantize again")
         amax = getattr(quantizer, "_amax", None)

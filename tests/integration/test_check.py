@@ -150,6 +150,25 @@ def _untied(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _shallower(folder: Path) -> None:
+    edit(folder / "config.json", lambda values: values["thinker_config"]["text_config"].update(num_hidden_layers=2))
+
+
+def _no_rope(folder: Path) -> None:
+    edit(folder / "config.json", lambda values: values["thinker_config"]["text_config"].update(rope_scaling=None))
+
+
+def _text_heads(folder: Path) -> None:
+    edit(folder / "config.json", lambda values: values["thinker_config"]["text_config"].update(num_attention_heads=0))
+
+
+def _replaced(name: str, text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
 def _cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -165,7 +184,10 @@ def _cut(folder: Path) -> None:
             "generation_config.json: eos_token_id must hold the end token's id 1017, got [151645, 151643]",
         ),
         (_template, "chat template: must render '<|im_start|>system"),
-        (_broken_template, "the chat template must render a prompt, got: Unexpected end of template"),
+        (
+            _broken_template,
+            "the chat template must render a prompt, got: TemplateSyntaxError: Unexpected end of template",
+        ),
         (_quantized, "model.path must be a full-precision checkpoint, got "),
         (_without("preprocessor_config.json"), "must hold preprocessor_config.json, got none"),
         (_without("chat_template.jinja"), "must hold chat_template.jinja or chat_template.json, got none"),
@@ -178,6 +200,14 @@ def _cut(folder: Path) -> None:
             _deeper,
             "must hold every weight of its config, got 11 missing or of other shape, first thinker.model.layers.3.",
         ),
+        (_shallower, "no weight that its config has no place for, got 11, first thinker.model.layers.2."),
+        (_no_rope, "config.json must describe a model, got: AttributeError"),
+        (_text_heads, "text_config.num_attention_heads must be a positive whole number, got 0"),
+        (_replaced("config.json", "[1]"), "config.json must be a Qwen3-ASR's config, got: TypeError"),
+        (_replaced("tokenizer_config.json", "[]"), "must hold a tokenizer and a preprocessor"),
+        (_replaced("preprocessor_config.json", "[]"), "must hold a tokenizer and a preprocessor"),
+        (_replaced("preprocessor_config.json", "{}"), "preprocessor_config.json: feature_size must be 128, got 80"),
+        (_replaced("generation_config.json", "[]"), "eos_token_id must hold the end token's id 1017, got []"),
         (_window, "audio_config.n_window must be 50, got 100"),
         (_other_model, "config.json must name model_type 'qwen3_asr', got 'qwen3'"),
         (_untied, "lm_head must be tied to the embedding"),

@@ -1,10 +1,13 @@
 """Loading: what is refused, by which name, and what a fingerprint notices."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +37,16 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[Any], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def text_config(**values: Any) -> Callable[[Any], None]:
+    return lambda config: config["thinker_config"]["text_config"].update(values)
 
 
 def test_model_is_frozen_and_attends_by_segments(nano: AsrModel) -> None:
@@ -92,11 +105,10 @@ def test_head_that_is_stored_twice_is_one_tensor(copied: Path) -> None:
     assert model.head_weight_VD is model.decoder.embed_tokens.weight
 
 
-def test_head_of_its_own_is_refused(copied: Path) -> None:
-    """Sharing one tensor for both would replace it without a word."""
-    config = json.loads((copied / "config.json").read_text())
-    config["thinker_config"]["text_config"]["tie_word_embeddings"] = False
-    (copied / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("told", [True, False])
+def test_head_of_its_own_is_refused(copied: Path, told: bool) -> None:
+    """Sharing one tensor for both would replace it without a word, as transformers does where the config says so."""
+    edit_config(copied, lambda config: config["thinker_config"]["text_config"].update(tie_word_embeddings=told))
     change_weights(
         copied,
         lambda weights: weights.update({"thinker.lm_head.weight": weights["thinker.model.embed_tokens.weight"] + 1}),
@@ -138,7 +150,7 @@ def test_other_model_types_are_refused(copied: Path) -> None:
     config["model_type"] = "qwen3"
     (copied / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ModelError, match=r"must hold a qwen3_asr model, got 'qwen3'; name another folder"):
+    with pytest.raises(ModelError, match=r"config\.json must name model_type 'qwen3_asr', got 'qwen3'; name another"):
         load(copied)
 
 
@@ -146,7 +158,7 @@ def test_other_model_types_are_refused(copied: Path) -> None:
 def test_config_that_is_none_is_refused(copied: Path, text: str) -> None:
     (copied / "config.json").write_text(text)
 
-    with pytest.raises(ModelError, match=r"model must be a complete Qwen3-ASR checkpoint, got: "):
+    with pytest.raises(ModelError, match=r"model/config\.json must be a Qwen3-ASR's config, got: \w+: .*; copy"):
         load(copied)
 
 
@@ -156,6 +168,78 @@ def test_missing_weight_is_refused_by_name(copied: Path, name: str) -> None:
 
     with pytest.raises(ModelError, match=rf"must hold every weight of its config, got 1 missing, first {name}"):
         load(copied)
+
+
+def test_weights_of_a_deeper_model_are_refused(copied: Path) -> None:
+    """With one layer less in the config the rest of the checkpoint would load, and be another teacher."""
+    edit_config(copied, text_config(num_hidden_layers=2))
+
+    with pytest.raises(ModelError, match=r"no weight that its config has no place for, got 11, first thinker\.model\."):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"), [("thinker.audio_tower.extra.weight", True), ("talker.head.weight", False)]
+)
+def test_unknown_weights_of_the_parts_that_are_used_are_refused(copied: Path, name: str, is_refused: bool) -> None:
+    change_weights(copied, lambda weights: weights.update({name: torch.zeros(2)}))
+
+    if is_refused:
+        with pytest.raises(ModelError, match=rf"no place for, got 1, first {name}; copy all files of one checkpoint"):
+            load(copied)
+    else:
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda config: config.update(thinker_config=5), "config.json must be a Qwen3-ASR's config, got: TypeError"),
+        (text_config(rope_scaling=None), "must be a complete Qwen3-ASR checkpoint, got: AttributeError"),
+        (text_config(hidden_act="no such function"), "must be a complete Qwen3-ASR checkpoint, got: KeyError"),
+        (text_config(hidden_size="128"), "text_config.hidden_size must be a positive whole number, got '128'"),
+        (text_config(num_attention_heads=0), "text_config.num_attention_heads must be a positive whole number, got 0"),
+    ],
+)
+def test_config_with_an_odd_value_is_refused(copied: Path, change: Callable[[Any], None], told: str) -> None:
+    """Such values lead to TypeError, AttributeError, KeyError and ZeroDivisionError somewhere in transformers."""
+    edit_config(copied, change)
+
+    with pytest.raises(ModelError, match=re.escape(told)):
+        load(copied)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_processor_file_that_is_a_list_is_refused(copied: Path, name: str) -> None:
+    (copied / name).write_text("[]")
+
+    with pytest.raises(ModelError, match=rf"must hold a tokenizer and a preprocessor \(.*{name}.*\), got: "):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "feature_size must be 128, got 80"),  # Whisper's own number
+        ({"feature_size": 128, "hop_length": 200}, "hop_length must be 160, got 200"),
+        ({"feature_size": 128, "sampling_rate": 8000}, "sampling_rate must be 16000, got 8000"),
+    ],
+)
+def test_preprocessor_that_does_not_suit_the_tower_is_refused(copied: Path, values: dict[str, int], told: str) -> None:
+    (copied / "preprocessor_config.json").write_text(json.dumps(values))
+
+    with pytest.raises(ModelError, match=rf"model/preprocessor_config\.json: {told}; copy the base model's files"):
+        load(copied)
+
+
+def test_failed_download_without_a_reason_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+
+    with pytest.raises(ModelError, match=r"model\.path must be .* within reach, got 'org/model' \(OSError\); download"):
+        resolve_model_folder("org/model")
 
 
 def test_weight_of_another_shape_is_refused(copied: Path) -> None:
@@ -170,14 +254,14 @@ def test_truncated_weights_are_refused(copied: Path) -> None:
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
 
-    with pytest.raises(ModelError, match=r"must be a complete Qwen3-ASR checkpoint, got: .*incomplete"):
+    with pytest.raises(ModelError, match=r"model\.safetensors must be a safetensors file, got: .*incomplete"):
         load(copied)
 
 
 def test_missing_weights_file_is_refused(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
 
-    with pytest.raises(ModelError, match=r"must be a complete Qwen3-ASR checkpoint, got: .*no file named"):
+    with pytest.raises(ModelError, match=r"model\.safetensors must be a safetensors file, got: FileNotFoundError"):
         load(copied)
 
 
@@ -185,7 +269,7 @@ def test_missing_tokenizer_is_refused(copied: Path) -> None:
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
         (copied / name).unlink()
 
-    with pytest.raises(ModelError, match=r"must be a complete Qwen3-ASR checkpoint, got: "):
+    with pytest.raises(ModelError, match=r"model must hold a tokenizer and a preprocessor \(.*\), got: "):
         load(copied)
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from qad_dist.asr.reference import decoder_linears, empty_model, expected_linears, load_config
+from qad_dist.asr.checkpoint import load_config
+from qad_dist.asr.reference import decoder_linears, empty_model, expected_linears
 
 NANO = Path(__file__).parents[2] / "assets" / "nano-teacher"
 

@@ -13,8 +13,8 @@ from qad_dist.asr.decoder import DecoderStack, embed
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
+from qad_dist.linears import LINEARS
 from qad_dist.quant.calibrate import quantize_decoder
-from qad_dist.quant.recipe import LINEARS
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, enabled_quantizers, quantizer_hash
 from shards.errors import ModelError
 from tests.helpers.quantized import NUM_LAYERS, logits_of, quantize
@@ -35,7 +35,7 @@ def largest_inputs(model: AsrModel, batches: list[Batch]) -> dict[str, Tensor]:
     hooks = [
         module.register_forward_pre_hook(look(name))
         for name, module in model.decoder.layers.named_modules()
-        if name.split(".")[-1] in LINEARS
+        if name.endswith(LINEARS)
     ]
     for batch in batches:
         logits_of(model, batch)

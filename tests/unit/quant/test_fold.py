@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
+from qad_dist.linears import LINEARS
 from qad_dist.quant.fold import MAX_SCALE, MIN_SCALE
-from qad_dist.quant.recipe import LINEARS
 from qad_dist.quant.state import enabled_quantizers
 from tests.helpers.quantized import logits_of, quantize, relative_error
 from tests.helpers.qwen import load, write_random_model
@@ -23,7 +23,7 @@ HEAD_DIM, KV_HEADS, QUERY_HEADS_OF_A_GROUP = 32, 2, 2
 
 
 def linears_of(layer: Any) -> dict[str, Any]:
-    return {name: module for name, module in layer.named_modules() if name.split(".")[-1] in LINEARS}
+    return {name: module for name, module in layer.named_modules() if name in LINEARS}
 
 
 def input_amax(model: AsrModel, batches: list[Batch]) -> dict[str, Tensor]:

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qad_dist.quant.recipe import LINEARS, modelopt_config
+from qad_dist.linears import LINEARS
+from qad_dist.quant.recipe import modelopt_config
 from qad_dist.quant.state import enabled_quantizers
+
+NAMES = [name.split(".")[-1] for name in LINEARS]
 
 
 class Part(nn.Module):
@@ -33,7 +36,7 @@ class SmallModel(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.audio_tower = Part("q_proj", "conv_out")
-        self.layer = Part(*LINEARS)
+        self.layer = Part(*NAMES)
         self.lm_head = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def test_only_the_decoders_linears_get_quantizers(inputs: Tensor) -> None:
 
     mtq.quantize(model, modelopt_config(alpha=1.0), forward_loop=lambda m: m(inputs))
 
-    expected = {f"layer.{name}.{kind}_quantizer" for name in LINEARS for kind in ("weight", "input")}
+    expected = {f"layer.{name}.{kind}_quantizer" for name in NAMES for kind in ("weight", "input")}
     assert {name for name, _ in enabled_quantizers(model)} == expected
 
 
