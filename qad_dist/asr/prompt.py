@@ -8,6 +8,7 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+from qad_dist.asr.checkpoint import model_errors
 from shards.errors import ModelError
 
 TEXT_TAG = "<asr_text>"
@@ -41,7 +42,8 @@ class Prompt:
             {"role": "system", "content": ""},
             {"role": "user", "content": [{"type": "audio", "audio": ""}]},
         ]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        with model_errors("the chat template must render a prompt"):
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, placeholder, after = text.partition(processor.audio_token)
         if not placeholder or processor.audio_token in after:
             raise ModelError(
@@ -73,7 +75,7 @@ class Prompt:
             token_ids: A response; everything from the first end token on is left out.
 
         Returns:
-            The transcript, and the language as tagged (None for ``language None`` and for a response without a tag).
+            The transcript, and the language as qwen-asr names it (None for ``language None`` and where none is named).
         """
         ids = list(token_ids)
         if self.end_id in ids:
@@ -81,7 +83,17 @@ class Prompt:
         # <asr_text> is an added token, but not a special one: it survives the decoding and can be split at.
         decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         tag, separator, text = decoded.partition(TEXT_TAG)
-        if not separator:
-            return decoded.strip(), None
-        language = tag.strip().removeprefix(LANGUAGE_PREFIX.strip()).strip()
-        return text.strip(), None if language in ("", "None") else language
+        return (text.strip(), _language(tag)) if separator else (decoded.strip(), None)
+
+
+def _language(tag: str) -> str | None:
+    """The language that is named before the text, by qwen-asr's rule.
+
+    Source: qwen_asr 0.0.6, ``parse_asr_output`` and ``normalize_language_name``.
+    """
+    if f"{LANGUAGE_PREFIX}none" in tag.lower():
+        return None
+    lines = (line.strip() for line in tag.splitlines())
+    named = next((line for line in lines if line.lower().startswith(LANGUAGE_PREFIX)), "")
+    name = named[len(LANGUAGE_PREFIX) :].strip()
+    return name[:1].upper() + name[1:].lower() or None

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from qwen_asr.inference.utils import parse_asr_output
 
 from qad_dist.asr.audio_tower import num_audio_tokens
 from qad_dist.asr.load import AsrModel
@@ -55,6 +56,24 @@ def test_parse_reads_text_and_language(nano: AsrModel, response: str, text: str,
     assert nano.prompt.parse(ids_of(nano, response)) == (text, language)
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        *("language English<asr_text>three", "language english<asr_text>three", "LANGUAGE gERMAN<asr_text>drei"),
+        *("language None<asr_text>x", "language none<asr_text>", "language None, English<asr_text>three"),
+        *("English<asr_text>three", "foo bar<asr_text>three", "<asr_text>three", "three", " three \n"),
+        *("language Chinese\nx\n<asr_text>ok", "x\n language Chinese <asr_text>ok", "my language Chinese<asr_text>ok"),
+        *("language<asr_text>ok", "language  <asr_text>ok", "language\nlanguage Thai<asr_text>ok"),
+        *("language Chinese,English<asr_text>a", "language English<asr_text>a <asr_text> b"),
+    ],
+)
+def test_parse_follows_the_rule_of_qwen_asr(nano: AsrModel, response: str) -> None:
+    ids = ids_of(nano, response)
+    language, text = parse_asr_output(nano.processor.tokenizer.decode(ids, skip_special_tokens=True))
+
+    assert nano.prompt.parse(ids) == (text, language or None)
+
+
 def test_transcript_that_spells_out_a_special_token_does_not_end_the_response(nano: AsrModel) -> None:
     """Spelt in ordinary tokens it is text; only the one end token ends."""
     spelt = [token for part in ("<", "|im", "_end", "|", ">") for token in ids_of(nano, part)]
@@ -98,6 +117,14 @@ def test_chat_template_without_one_place_for_audio_is_refused(nano: AsrModel, te
 
     with pytest.raises(ModelError, match=r"chat template must place <\|audio_pad\|> once, got .*copy the base model"):
         Prompt.from_processor(processor)
+
+
+def test_chat_template_that_cannot_be_rendered_is_refused(nano: AsrModel) -> None:
+    def broken_off(*_: Any, **__: Any) -> str:
+        raise ZeroDivisionError("in the template")
+
+    with pytest.raises(ModelError, match=r"template must render a prompt, got: ZeroDivisionError: in the template"):
+        Prompt.from_processor(broken(nano, apply_chat_template=broken_off))
 
 
 def test_tokenizer_without_the_end_token_is_refused(nano: AsrModel) -> None:
