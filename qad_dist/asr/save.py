@@ -1,4 +1,4 @@
-"""Write a checkpoint in the base model's layout: config, tokenizer and preprocessor verbatim, head stored once."""
+"""Write a checkpoint in the base model's layout: config, tokenizer and preprocessor verbatim, the head as it has it."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qad_dist.asr.checkpoint import HEAD, stored_shapes
 from qad_dist.asr.load import PROCESSOR_FILES
 from qad_dist.runtime.logs import prints_as_debug
 from shards.storage import atomic_folder
@@ -18,6 +19,8 @@ def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None
 
     ``save_pretrained`` (which ModelOpt extends by its state file) writes the weights. What it writes beside them is
     replaced by the base model's own files: it changes ``thinker_config.model_type``, and a re-saved tokenizer differs.
+    The head, one tensor with the embedding in memory, is stored beside it where the base does so: by the base's config
+    it may not be tied, and whoever loads a copy without it then gets a head of random numbers.
 
     Args:
         model: ``Qwen3ASRForConditionalGeneration``, on any device.
@@ -25,9 +28,12 @@ def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None
         base: The checkpoint that the model was made from.
         dtype: Of the weights, as the config shall say.
     """
+    state = model.state_dict()
+    if HEAD in stored_shapes(base):
+        state[HEAD] = state[HEAD].clone()  # else it counts as shared and is left out
     with atomic_folder(folder) as temporary:
         with prints_as_debug(log):
-            model.save_pretrained(temporary, safe_serialization=True)
+            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         for section in (config, config.get("thinker_config", {})):
             if "torch_dtype" in section:

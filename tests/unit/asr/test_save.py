@@ -1,4 +1,4 @@
-"""Saving: the base model's own files, the tied head once, and a reload that is equal."""
+"""Saving: the base model's own files, the tied head as the base has it, and a reload that is equal."""
 
 import json
 import shutil
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qad_dist.asr.load import PROCESSOR_FILES, AsrModel
 from qad_dist.asr.save import save_checkpoint
 from shards.storage import verify_manifest
-from tests.helpers.qwen import load
+from tests.helpers.qwen import load, load_reference
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,33 @@ def test_tied_head_is_stored_once(saved: Path) -> None:
 
     assert "thinker.model.embed_tokens.weight" in names
     assert "thinker.lm_head.weight" not in names
+
+
+@pytest.fixture
+def untied_base(nano_folder: Path, tmp_path: Path) -> Path:
+    """The teacher with its head stored beside the embedding, and no config section that says that they are one."""
+    base = Path(shutil.copytree(nano_folder, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["thinker.lm_head.weight"] = weights["thinker.model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    for section in (config, config["thinker_config"], config["thinker_config"]["text_config"]):
+        section["tie_word_embeddings"] = False
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def test_head_is_stored_where_the_base_stores_it(untied_base: Path, tmp_path: Path) -> None:
+    """Its config comes from the base too, and would have qwen-asr make a random head where there is none."""
+    model = load(untied_base)
+
+    save_checkpoint(model.model, tmp_path / "student", base=untied_base, dtype="float32")
+
+    stored = load_file(tmp_path / "student" / "model.safetensors")
+    assert torch.equal(stored["thinker.lm_head.weight"], stored["thinker.model.embed_tokens.weight"])
+    theirs = load_reference(tmp_path / "student").thinker
+    assert torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    assert model.head_weight_VD is model.decoder.embed_tokens.weight  # saving unties nothing
 
 
 def test_manifest_covers_every_file(saved: Path) -> None:
