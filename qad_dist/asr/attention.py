@@ -65,7 +65,6 @@ def segment_attention(
     *,
     scaling: float,
     segments: Segments | None = None,
-    cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within segments; the signature is transformers' ``AttentionInterface``.
@@ -76,13 +75,10 @@ def segment_attention(
         attention_mask: Only used without segments: then this is transformers' own SDPA, for padded batches.
         scaling: Multiplies the scores.
         segments: The layout, from our own packed forward passes.
-        cu_seq_lens_q: int32 [S+1], what the reference audio tower passes: its windows.
 
     Returns:
         ``[1, T, H, E]`` and no attention weights.
     """
-    if segments is None and cu_seq_lens_q is not None:
-        segments = Segments.from_lengths(cu_seq_lens_q.diff().long().cpu(), causal=False, device=query_1HTE.device)
     if segments is None:
         return sdpa_attention_forward(
             module, query_1HTE, key_1KTE, value_1KTE, attention_mask, scaling=scaling, **kwargs

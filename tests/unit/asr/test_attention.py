@@ -68,17 +68,6 @@ def test_gradients_stay_within_their_segment() -> None:
         assert touched.tolist() == [False] * 6 + [True] * 17 + [False] * 9
 
 
-def test_windows_of_the_reference_tower_are_segments_that_see_both_ways() -> None:
-    states = random_states(heads=2, kv_heads=2, positions=sum(LENGTHS))
-    boundaries = torch.tensor([0, 5, 6, 23, 32], dtype=torch.int32)
-
-    output, _ = segment_attention(
-        torch.nn.Identity(), *states, None, scaling=SCALING, cu_seq_lens_q=boundaries, is_causal=False
-    )
-
-    torch.testing.assert_close(output, plain_attention(*states, LENGTHS, causal=False), rtol=0, atol=1e-12)
-
-
 def test_without_segments_it_is_transformers_sdpa() -> None:
     query, key, value = random_states(heads=4, kv_heads=2, positions=11, dtype=torch.float32)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
