@@ -164,7 +164,8 @@ def sha256_file(path: Path) -> str:
 
 def fingerprint(*parts: Any) -> str:
     """Hex sha256 over JSON-able values: the name of "what a stage read"."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names of files need not be UTF-8
 
 
 def folder_bytes(folder: Path, *, suffixes: Iterable[str] = ()) -> int:

@@ -34,10 +34,12 @@ READS = {
 """The earlier stages that each stage reads."""
 
 WITHOUT_EFFECT = {
-    "pack": {"processes"},
+    "pack": {"processes", "max_rejected_share"},
     "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
 }
-"""Settings that change how fast or how loud a stage is, not what it makes."""
+"""Settings that change how fast, loud or strict a stage is, not what it makes when it succeeds."""
+
+_ABSENT = object()
 
 _PACKAGES = (
     *("qad-dist", "torch", "transformers", "qwen-asr", "nvidia-modelopt", "accelerate", "deepspeed"),
@@ -120,9 +122,10 @@ def require_stage(run: RunConfig, stage: str) -> dict[str, Any]:
             f"{folder} must be finished before this stage, got no {DONE}; run `{stage_command(stage)}` first"
         )
     record = read_json(folder / DONE)
-    present = {**_told_by_config(run, stage), "stages": _earlier(run, stage)}
-    recorded = _flat(record["inputs"])
-    changed = sorted(name for name, value in _flat(present).items() if recorded.get(name) != value)
+    present = _flat({**_told_by_config(run, stage), "stages": _earlier(run, stage)})
+    recorded = _flat({name: value for name, value in record["inputs"].items() if name != "files"})
+    names = present.keys() | recorded.keys()  # a name may have been removed, too
+    changed = sorted(name for name in names if present.get(name, _ABSENT) != recorded.get(name, _ABSENT))
     if changed:
         raise StageError(
             f"{folder} must be made with this config, got other values of {', '.join(changed)}; "

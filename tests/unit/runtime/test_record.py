@@ -77,6 +77,7 @@ def test_record_holds_what_a_reader_needs_to_know(load):
         ("pack.holdout=0.5", []),
         ("seed=9", []),
         ("pack.processes=3", list(STAGES)),
+        ("pack.max_rejected_share=0.5", list(STAGES)),
         ("train.resume=none", list(STAGES)),
     ],
 )
@@ -148,6 +149,17 @@ def test_stage_made_with_other_settings_is_refused_with_their_names(load):
         require_stage(load("label.splits=[train]", "seed=5"), "label")
 
 
+def test_stage_made_with_a_setting_that_is_gone_is_refused_with_its_name(load):
+    splits = "pack.splits={train: train, dev: heldout, test: test}"
+    finish(load(splits), "pack")
+
+    fewer = load("pack.splits={train: train, dev: heldout}")
+
+    assert not is_finished(fewer, "pack")
+    with pytest.raises(StageError, match=r"/run/pack must be made .*, got other values of pack\.splits\.test; run"):
+        require_stage(fewer, "pack")
+
+
 def test_stage_made_from_an_earlier_packing_is_refused(load):
     finish(load(), "pack", "label")
     finish(load("pack.holdout=0.5"), "pack")
@@ -211,3 +223,19 @@ def test_link_to_nothing_in_a_folder_of_recordings_is_part_of_its_name(load):
     (folder / "other.flac").symlink_to(folder / "nowhere.flac")
 
     assert stage_inputs(load(f"pack.inputs=[{folder}]"), "pack") != first
+
+
+def test_recording_whose_name_is_not_utf8_is_part_of_a_folders_name(load):
+    folder = Path(load().run).parent / "recordings"
+    folder.mkdir()
+    run = load(f"pack.inputs=[{folder}]")
+    fingerprints = set()
+
+    for name in (b"a.wav", b"\xff.wav", b"\xfe.wav"):
+        (folder / os.fsdecode(name)).write_bytes(b"x")
+        begin_stage(run, "pack")
+        finish_stage(run, "pack", results={})
+        assert is_finished(run, "pack")
+        fingerprints.add(require_stage(run, "pack")["fingerprint"])
+
+    assert len(fingerprints) == 3
