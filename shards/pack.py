@@ -36,6 +36,8 @@ REJECTED = "rejected.jsonl"
 """One JSON line for each recording that could not be used, with the reason."""
 
 _PART = ".part.json"
+# Sources round durations, and decoders add padding; what exceeds this is a piece of a longer recording.
+_TOLD_SLACK_SECONDS = 0.5
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
 
 
@@ -263,7 +265,14 @@ def _pack_shard(task: ShardTask, settings: _Settings) -> _Packed:
 
 
 def _samples(recording: Recording, settings: _Settings) -> Samples:
-    return decode(recording.path, min_seconds=settings.min_audio_seconds, max_seconds=settings.max_audio_seconds)
+    samples = decode(recording.path, min_seconds=settings.min_audio_seconds, max_seconds=settings.max_audio_seconds)
+    seconds, told = len(samples) / SAMPLE_RATE_HZ, recording.told_seconds
+    if told is not None and seconds > told + _TOLD_SLACK_SECONDS:
+        raise AudioError(
+            f"longer than told: must last the {told:g} s of its source, got {seconds:.2f} s; "
+            "cut the recording into files first, or correct the duration"
+        )
+    return samples
 
 
 def _are_rejected_still(rejected: Sequence[Mapping[str, Any]], task: ShardTask, settings: _Settings) -> bool:

@@ -29,6 +29,8 @@ class Recording:
     """Human transcript, if there is one."""
     split: str | None = None
     """The source's own split name, mapped by ``pack.splits``; None lets ``pack.holdout`` decide."""
+    told_seconds: float | None = None
+    """What the source says it lasts: a longer file holds more than the source means by this recording."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

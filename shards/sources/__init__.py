@@ -45,6 +45,7 @@ def read_sources(inputs: Sequence[str], *, default_language: str | None) -> list
             speaker=entry.speaker,
             reference=entry.reference,
             split=entry.split,
+            told_seconds=entry.told_seconds,
         )
         for entry, key in zip(found, unique_keys(found), strict=True)
     ]

@@ -24,6 +24,7 @@ class Found:
     speaker: str | None = None
     reference: str | None = None
     split: str | None = None
+    told_seconds: float | None = None
 
 
 def clean_key(name: str) -> str:
@@ -37,21 +38,21 @@ def clean_key(name: str) -> str:
 def unique_keys(found: Sequence[Found]) -> list[str]:
     """One key for each recording; where several would have the same one, all of them get a suffix hashed from the name.
 
-    So the key of a recording does not depend on the order of the inputs.
+    So the key of a recording does not depend on the order of the inputs. Equal names in sources of equal names are
+    numbered in the order of their paths.
     """
-    plain = [clean_key(entry.name) for entry in found]
-    counts = Counter(plain)
+    keys = [clean_key(entry.name) for entry in found]
+    counts = Counter(keys)
     taken = {key for key, count in counts.items() if count == 1}
-    keys = []
-    for entry, key in zip(found, plain, strict=True):
-        if counts[key] > 1:
-            suffixed = unique = f"{key}-{_digest(f'{entry.source}/{entry.name}')}"
+    for i in sorted(range(len(found)), key=lambda i: found[i].path):
+        if counts[keys[i]] > 1:
+            suffixed = unique = f"{keys[i]}-{_digest(f'{found[i].source}/{found[i].name}')}"
             number = 1
-            while unique in taken:  # equal names in sources of equal names
+            while unique in taken:
                 number += 1
                 unique = f"{suffixed}-{number}"
-            taken.add(key := unique)
-        keys.append(key)
+            taken.add(unique)
+            keys[i] = unique
     return keys
 
 

@@ -1,6 +1,7 @@
 """JSONL manifests: one JSON object per recording, with the field names of NeMo, Qwen3-ASR's fine-tuning and others."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def read_manifest(path: Path) -> list[Found]:
     """Read a manifest; paths in it are relative to its folder.
 
     Fields: the audio as ``audio``, ``audio_filepath``, ``path`` or ``audio_path``; optional ``text``, ``reference`` or
-    ``transcript``; ``language`` or ``lang``; ``speaker`` or ``speaker_id``; ``split``; ``key``. Others are ignored.
+    ``transcript``; ``language`` or ``lang``; ``speaker`` or ``speaker_id``; ``split``; ``key``; ``duration`` in
+    seconds. Others are ignored.
 
     Raises:
         SourceError: A line breaks a rule (told as ``file:line``), or there are no lines.
@@ -75,6 +77,7 @@ def _read_line(line: bytes, *, path: Path, where: str) -> Found:
         speaker=_text(row, _SPEAKERS, where),
         reference=reference or None,
         split=_text(row, ("split",), where),
+        told_seconds=_seconds(row, where),
     )
 
 
@@ -95,6 +98,16 @@ def _text(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str | N
         if value.strip():
             return value.strip()
     return None
+
+
+def _seconds(row: Mapping[str, Any], where: str) -> float | None:
+    """How long the source says that the recording lasts; some write 0 or less where they do not know."""
+    value = row.get("duration")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SourceError(f"{where}: duration must be a number of seconds, got {value!r}; mend or remove it")
+    return float(value) if 0 < value < math.inf else None
 
 
 def _refuse_commands_and_addresses(audio: str, where: str) -> None:

@@ -13,8 +13,9 @@ from shards.errors import AudioError, ConfigError, SourceError
 from shards.index import INDEX, read_index, read_utterances, verify
 from shards.pack import REJECTED, plan_shards
 from shards.read import read_audio, read_many
+from shards.sources import read_sources
 from tests.helpers.packing import hashes_of, pack_tones
-from tests.helpers.tones import make_recordings, number_of
+from tests.helpers.tones import make_recordings, number_of, write_tone
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,23 @@ def test_rejected_recordings_are_named_and_leave_the_other_shards_as_they_are(tm
     assert changed == {"train-000001.tar", "utterances.parquet", "rejected.jsonl", "index.json"}
     assert victim.key not in {u.key for u in read_utterances(tmp_path / "pack")}
     verify(tmp_path / "pack")
+
+
+def test_a_piece_from_the_beginning_of_a_longer_recording_is_rejected(tmp_path):
+    """The manifests of NeMo name such a piece by offset 0 and its duration; its reference is not that of the file."""
+    for number in range(3):
+        write_tone(tmp_path / "in" / f"{number}.wav", number, seconds=2)
+    durations = (1.4, 1.6, 9.0)  # a file shorter than told is whole as far as anybody knows
+    rows = [{"audio_filepath": f"{n}.wav", "offset": 0, "duration": told} for n, told in enumerate(durations)]
+    (tmp_path / "in" / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recordings = read_sources([str(tmp_path / "in" / "m.jsonl")], default_language=None)
+
+    report = pack_tones(recordings, tmp_path / "pack", holdout=0, max_rejected_share=0.5)
+
+    assert report.rejected_by_reason == {"longer than told": 1}
+    [rejected] = [json.loads(line) for line in (tmp_path / "pack" / REJECTED).read_text().splitlines()]
+    assert rejected["key"] == "0"
+    assert "must last the 1.4 s of its source, got 2.00 s; cut the recording" in rejected["reason"]
 
 
 def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path):

@@ -68,9 +68,23 @@ def test_the_default_language_holds_only_where_the_source_says_nothing(tmp_path)
     assert [recording.language for recording in found] == ["Vietnamese", "German"]
 
 
+def test_a_duration_is_what_the_recording_should_last_and_one_of_zero_says_nothing(tmp_path):
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        {"audio": "a.wav", "duration": 1.5, "offset": 0},
+        {"audio": "b.wav", "duration": 0},
+        {"audio": "c.wav", "duration": None},
+    )
+
+    found = read_sources([manifest], default_language=None)
+
+    assert [recording.told_seconds for recording in found] == [1.5, None, None]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"audio": "a.wav", "duration": "1.5"}', r"m.jsonl:2: duration must be a number of seconds, got '1\.5'"),
         ("{", r"m.jsonl:2 must be a JSON object in UTF-8"),
         ("[" * 100_000, r"m.jsonl:2 must be a JSON object in UTF-8"),
         ("[]", r"m.jsonl:2 must be a JSON object, got list"),
@@ -157,6 +171,17 @@ def test_equal_keys_are_told_apart_alike_in_any_order(tmp_path):
     assert len(set(forwards.values())) == 4
     assert forwards[str(tmp_path / "one/c.wav")] == "c"
     assert all(key.startswith("a_b-") for path, key in forwards.items() if not path.endswith("c.wav"))
+
+
+def test_equal_names_in_sources_of_equal_names_are_told_apart_alike_in_any_order(tmp_path):
+    inputs = [write_manifest(tmp_path / part / "set" / "m.jsonl", {"audio": "a.wav"}) for part in ("x", "y", "z")]
+
+    forwards = {r.path: r.key for r in read_sources(inputs, default_language=None)}
+    backwards = {r.path: r.key for r in read_sources(inputs[::-1], default_language=None)}
+
+    assert forwards == backwards
+    first, second, third = (forwards[str(tmp_path / part / "set" / "a.wav")] for part in ("x", "y", "z"))
+    assert (second, third) == (f"{first}-2", f"{first}-3")
 
 
 @pytest.mark.parametrize(
