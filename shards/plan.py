@@ -16,6 +16,10 @@ from shards.errors import ConfigError
 MicroBatch = list[int]
 Step = list[MicroBatch]
 
+MIN_CHARGED_SECONDS = 2.0
+"""Every utterance of a decoding batch counts as at least this long: one of 2 s has about as many tokens for its prompt
+and response as for its audio (13 a second), so below that it is rows, not seconds, that fill the memory."""
+
 # Micro-batches that are filled at once: enough for lengths to mix and match, few enough to keep the order random.
 _WINDOW = 64
 
@@ -61,20 +65,6 @@ def share_of_rank(step: Step, *, rank: int, world_size: int) -> list[MicroBatch]
     return share + [[] for _ in range(-(-len(step) // world_size) - len(share))]
 
 
-def steps_per_epoch(
-    num_tokens: Sequence[int], *, seed: int, epoch: int, token_budget: int, micro_batches_per_step: int
-) -> int:
-    """Number of steps of one epoch; it can differ by a step between epochs, as their packing differs."""
-    m = micro_batches_per_step
-    return len(plan_epoch(num_tokens, seed=seed, epoch=epoch, token_budget=token_budget, micro_batches_per_step=m))
-
-
-def step_at(num_tokens: Sequence[int], *, step: int, seed: int, token_budget: int, micro_batches_per_step: int) -> Step:
-    """One step, counted from 0 over all epochs."""
-    plan = Plan(num_tokens, seed=seed, token_budget=token_budget, micro_batches_per_step=micro_batches_per_step)
-    return plan.step(step)
-
-
 class Plan:
     """The steps of all epochs in one row, counted from 0; only the current epoch is kept."""
 
@@ -115,12 +105,15 @@ class Plan:
 
 
 def plan_decoding(durations: Sequence[float], *, batch_audio_seconds: float) -> list[MicroBatch]:
-    """Batches for labelling and scoring: longest first, so that memory runs out in the first minute or never.
+    """Batches for labelling and scoring, longest utterances first.
+
+    The memory of a batch has a part that grows with its audio, largest in the first batches, and a part that grows with
+    its rows (prompts, responses, logits), largest in the last ones, where :data:`MIN_CHARGED_SECONDS` bounds it.
 
     Args:
         durations: Seconds of each utterance.
-        batch_audio_seconds: Most seconds in a batch, padding to its longest utterance counted; a longer utterance is
-            a batch of its own.
+        batch_audio_seconds: Most seconds in a batch, padding to its longest utterance counted and no utterance for less
+            than :data:`MIN_CHARGED_SECONDS`; a longer utterance is a batch of its own.
 
     Returns:
         Batches of indices into ``durations``, each index once.
@@ -128,10 +121,12 @@ def plan_decoding(durations: Sequence[float], *, batch_audio_seconds: float) -> 
     order = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
     batches: list[MicroBatch] = []
     for index in order:
-        if batches and (len(batches[-1]) + 1) * durations[batches[-1][0]] <= batch_audio_seconds:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        if batches:
+            charged = max(durations[batches[-1][0]], MIN_CHARGED_SECONDS)
+            if (len(batches[-1]) + 1) * charged <= batch_audio_seconds:
+                batches[-1].append(index)
+                continue
+        batches.append([index])
     return batches
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shards.errors import ConfigError
-from shards.plan import Plan, plan_decoding, plan_epoch, share_of_rank, step_at, steps_per_epoch
+from shards.plan import MIN_CHARGED_SECONDS, Plan, plan_decoding, plan_epoch, share_of_rank
 
 LENGTHS = np.random.default_rng(5).integers(30, 601, 3_000).tolist()
 
@@ -93,10 +93,8 @@ def test_steps_are_counted_over_epochs():
 
     assert [whole.step(number) for number in range(len(rows))] == rows
     assert Plan(lengths, **settings).step(len(rows) - 1) == rows[-1]
-    assert step_at(lengths, step=len(epochs[0]), **settings) == epochs[1][0]
     assert whole.step(0) == rows[0]
     assert whole.position(len(epochs[0]) + 2) == (1, 2)
-    assert steps_per_epoch(lengths, epoch=1, **settings) == len(epochs[1])
 
 
 def test_decoding_batches_hold_every_utterance_once_longest_first():
@@ -114,3 +112,13 @@ def test_decoding_batches_stay_below_the_padded_budget_and_are_as_full_as_can_be
 
     assert plan_decoding(durations, batch_audio_seconds=30) == [[5], [1], [0, 3, 4], [2]]
     assert plan_decoding([], batch_audio_seconds=30) == []
+
+
+def test_short_utterances_are_charged_a_least_length_so_that_rows_are_bounded():
+    assert MIN_CHARGED_SECONDS == 2
+    durations = [5.0] * 3 + [0.1] * 100
+
+    batches = plan_decoding(durations, batch_audio_seconds=20)
+
+    assert [len(batch) for batch in batches] == [4, *[10] * 9, 9]
+    assert plan_decoding([0.1, 0.1], batch_audio_seconds=1) == [[0], [1]]
