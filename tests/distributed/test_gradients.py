@@ -123,10 +123,12 @@ def test_heldout_evaluation_is_equal_on_one_and_two_ranks(measured):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_masters_are_float32_and_remember_steps_that_bfloat16_rounds_away(measured, ranks):
-    report = measured[ranks].report["bfloat16"]
+@pytest.mark.parametrize("zero", ZERO)
+def test_masters_are_float32_and_remember_steps_that_bfloat16_rounds_away(measured, ranks, zero):
+    report = measured[ranks].report[f"bfloat16 {zero}"]
 
-    assert (report["distributed_type"], report["stage"], report["world_size"]) == ("DEEPSPEED", 2, ranks)
+    assert (report["distributed_type"], report["stage"], report["world_size"]) == ("DEEPSPEED", int(zero[-1]), ranks)
+    assert len(report["masters"]) == NUM_LINEARS
     assert report["weight_dtypes"] == ["torch.bfloat16"]
     assert report["master_dtypes"] == ["torch.float32"]
     assert report["weights_that_are_not_their_master"] == 0

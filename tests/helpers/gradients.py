@@ -54,7 +54,8 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     students = {f"zero{stage}": _load_student(run, "float32") for stage in (1, 2, 3)}
     for student in students.values():
         _move_away(student)
-    rounded = load_teacher(run.model, CPU, dtype="bfloat16"), _load_student(run, "bfloat16")
+    rounded_teacher = load_teacher(run.model, CPU, dtype="bfloat16")
+    rounded = {f"zero{stage}": _load_student(run, "bfloat16") for stage in (1, 2, 3)}
     training, heldout = train._labelled_sets(run, teacher)
     plan = _unequal_plan(run, training)
     data = PlannedBatches(training, plan, world, steps=1)
@@ -63,7 +64,8 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     report: dict[str, Any] = {"plain": _plain(run, batches, heldout, teacher, students["zero1"], world, Path(folder))}
     for name, student in students.items():
         report[name] = _under_engine(run, name, data, teacher, student, world, Path(folder))
-    report["bfloat16"] = _many_small_steps(run, data, *rounded, world)
+    for name, student in rounded.items():
+        report[f"bfloat16 {name}"] = _many_small_steps(run, name, data, rounded_teacher, student, world)
     assert report["zero3"]["world_size"] == int(ranks)
     if world.is_main:
         (Path(folder) / "report.json").write_text(json.dumps(report, indent=1))
@@ -177,35 +179,34 @@ def _under_engine(
 
 
 def _many_small_steps(
-    run: RunConfig, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World
+    run: RunConfig, name: str, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World
 ) -> dict[str, Any]:
     """Weights of at least 1/16 in bfloat16 lie 2^-11 and more apart: one small step alone cannot move them."""
-    engine = _build(run, student, "zero2", world, torch.bfloat16)
+    engine = _build(run, student, name, world, torch.bfloat16)
     models = train.join_models(teacher, student, engine)
     # Far from the teacher's doubts the gradient keeps its sign over the small steps; the KL's, near 0, would not.
     ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0})
-    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
-    large = [weights.abs() >= 2**-4 for weights in start]
-    moved, dtypes = [], set()
+    trained = {n: parameter for n, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    start = engine.gather_weights()  # on rank 0, like all that follows of weights
+    large = {n: start[n].abs() >= 2**-4 for n in trained if start}
+    moved = []
     for _ in range(SMALL_STEPS):
         finite = accumulate_gradient(engine, models, data, ce_only, step=0)
         engine.step(learning_rate=SMALL_RATE, is_finite=finite)
-        changed = [(now != was) & mask for now, was, mask in zip(trained, start, large, strict=True)]
-        moved.append(sum(int(mask.sum()) for mask in changed))
-    differences = []
-    for parameter in trained:
-        master = safe_get_full_fp32_param(parameter)
-        dtypes.add(str(master.dtype))
-        differences.append(int((master.to(torch.bfloat16) != parameter).sum()))
+        weights = engine.gather_weights()
+        moved.append(sum(int(((weights[n] != start[n]) & large[n]).sum()) for n in large))
+    masters = {n: safe_get_full_fp32_param(parameter) for n, parameter in trained.items()}
     return {
         "distributed_type": engine.distributed_type,
         "stage": engine.stage,
         "world_size": dist.get_world_size(),
         "weight_dtypes": sorted({str(parameter.dtype) for parameter in engine.module.parameters()}),
-        "master_dtypes": sorted(dtypes),
-        "weights_that_are_not_their_master": sum(differences),
-        "large_weights": sum(int(mask.sum()) for mask in large),
+        "master_dtypes": sorted({str(master.dtype) for master in masters.values()}),
+        "masters": sorted(masters),
+        "weights_that_are_not_their_master": sum(
+            int((masters[n].to(torch.bfloat16) != weights[n]).sum()) for n in large
+        ),
+        "large_weights": sum(int(mask.sum()) for mask in large.values()),
         "moved": moved,
     }
 
