@@ -1,20 +1,22 @@
 """The command line that all programs share: ``launch/X.py [subcommand] --config F [--set a.b=c] [--print-config]``.
 
-Errors that a user can mend become one line on stderr and exit code 1. Nothing heavy is imported here, so ``--help`` and
-a mistake in the config are answered at once; a stage is imported when its command is called.
+Errors that a user can mend become one line on stderr and exit code 1; a bug keeps its traceback. Nothing heavy is
+imported here, so ``--help`` and a mistake in the config are answered at once; a stage is imported when its command is
+called.
 """
 
 import argparse
 import errno
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from qad_dist.config import RunConfig, dump_run, load_run
 from qad_dist.runtime.logs import configure_logging
-from qad_dist.runtime.world import current_world, exit_rank
+from qad_dist.runtime.world import current_world, exit_rank, program_name
 from shards.errors import ConfigError, QadError, StageError
 
 Command = Callable[[RunConfig], None]
@@ -22,6 +24,14 @@ Command = Callable[[RunConfig], None]
 DEFAULT_COMMAND = "run"
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
+
+# By program: the setting that decides how much is on the GPU at once.
+SETTING_OF_MEMORY = {
+    "label": "label.batch_audio_seconds",
+    "quantize": "quantize.micro_batch_tokens",
+    "train": "train.micro_batch_tokens",
+    "score": "score.batch_audio_seconds",
+}
 
 
 def run_program(
@@ -40,7 +50,8 @@ def run_program(
         arguments: Instead of the process's own.
 
     Returns:
-        The exit code: 0, or that of the error (1) after one line on stderr.
+        The exit code: 0, or that of the error (1) after one line on stderr. One of several ranks does not return: it
+        ends here, after the traceback of a bug too.
     """
     try:
         world = current_world()
@@ -52,7 +63,13 @@ def run_program(
         sys.stdout.write(dump_run(run))
         return 0
     command = dry_run if dry_run is not None and parsed.dry_run else commands[parsed.command]
-    code = call_command(command, run)
+    try:
+        code = call_command(command, run)
+    except Exception:
+        if world.world_size == 1:
+            raise
+        traceback.print_exc()  # as the interpreter would, which may abort afterwards: see exit_rank
+        code = 1
     if world.world_size > 1:
         exit_rank(code)
     return code
@@ -62,8 +79,8 @@ def call_command(command: Command, run: RunConfig) -> int:
     """Call ``command`` with logging set up.
 
     Returns:
-        0, or the error's exit code (1) after one line on stderr: for our own errors, and for a full disk or a
-        forbidden run folder.
+        0, or the error's exit code (1) after one line on stderr: for our own errors, for a full disk or a forbidden
+        run folder, and for a GPU without memory left.
     """
     configure_logging(current_world())
     try:
@@ -74,6 +91,10 @@ def call_command(command: Command, run: RunConfig) -> int:
         if (mendable := _mendable(error, run)) is None:
             raise
         return tell(mendable)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return tell(_too_much_at_once(error, run))
     return 0
 
 
@@ -125,6 +146,20 @@ def _mendable(error: OSError, run: RunConfig) -> StageError | None:
         return None
     remedy = "mend its permissions or set run to another folder"
     return StageError(f"{error.filename} must be writable, got {error.strerror!r}; {remedy}")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # a program that has not imported it did not fill a GPU
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _too_much_at_once(error: RuntimeError, run: RunConfig) -> StageError:
+    reason = str(error).splitlines()[0]
+    if (name := SETTING_OF_MEMORY.get(program_name())) is None:
+        return StageError(f"the GPU must hold the model, got {reason!r}; use one with more free memory")
+    section, setting = name.split(".")
+    found = getattr(getattr(run, section), setting)
+    return StageError(f"{name} must be small enough for the GPU's memory, got {found} and {reason!r}; lower it")
 
 
 def tell(error: QadError) -> int:

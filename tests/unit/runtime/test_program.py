@@ -1,9 +1,12 @@
 """The command line that all programs share: what is called, what is printed, and with which exit code."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qad_dist.config import RunConfig, load_run
 from qad_dist.runtime import program
@@ -129,6 +132,58 @@ def test_error_keeps_the_exit_code_that_it_brings(config):
 def test_bug_keeps_its_traceback(config):
     with pytest.raises(KeyError, match="a bug"):
         run_program("", fail_with(KeyError("a bug")), arguments=["--config", config])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("train", "train.micro_batch_tokens must be small enough for the GPU's memory, got 16384 and "),
+        ("label", "label.batch_audio_seconds must be small enough for the GPU's memory, got 160.0 and "),
+        ("score", "score.batch_audio_seconds must be small enough for the GPU's memory, got 160.0 and "),
+        ("quantize", "quantize.micro_batch_tokens must be small enough for the GPU's memory, got 8192 and "),
+        ("export", "the GPU must hold the model, got "),
+    ],
+)
+def test_full_gpu_names_the_setting_of_the_program(config, capsys, monkeypatch, name, line):
+    monkeypatch.setattr(sys, "argv", [f"launch/{name}.py"])
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    assert run_program("", fail_with(error), arguments=["--config", config]) == 1
+
+    told = capsys.readouterr().err
+    assert told.startswith(f"{line}'CUDA out of memory. Tried to allocate 2.00 GiB.'; ")
+    assert told.count("\n") == 1
+
+
+def test_other_runtime_errors_are_bugs(config):
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_program("", fail_with(RuntimeError("a bug")), arguments=["--config", config])
+
+
+BUG_OF_A_RANK = """
+import atexit, sys
+from qad_dist.runtime.program import run_program
+def fail(run):
+    raise KeyError("a bug")
+atexit.register(lambda: print("ordinary exit"))
+sys.exit(run_program("", {"run": fail}))
+"""
+
+
+@pytest.mark.parametrize(("world_size", "told"), [("2", ""), ("1", "ordinary exit\n")])
+def test_bug_of_one_of_several_ranks_keeps_its_traceback_and_ends_the_process_at_once(
+    config, root, world_size, told
+) -> None:
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world_size, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", BUG_OF_A_RANK, "--config", config]
+
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    assert ended.returncode == 1
+    assert ended.stdout == told
+    assert ended.stderr.startswith("Traceback (most recent call last):")
+    assert ended.stderr.endswith("KeyError: 'a bug'\n")
+    assert ended.stderr.count("KeyError") == 1
 
 
 def test_full_disk_names_the_file_and_the_remedy(config, capsys):
