@@ -19,6 +19,8 @@ from shards.errors import WorldError
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -125,6 +127,25 @@ def check_enough_work(world: World, num_utterances: int, *, stage: str) -> None:
         )
 
 
+def check_micro_batches(world: World, micro_batches_per_step: int) -> None:
+    """See that every rank has a micro-batch in each step; say so where some have fewer than others.
+
+    Raises:
+        WorldError: There are more ranks than micro-batches: the others would compute for nothing.
+    """
+    if micro_batches_per_step < world.world_size:
+        raise WorldError(
+            f"train.micro_batches_per_step must be at least the number of ranks ({world.world_size}), got "
+            f"{micro_batches_per_step}; raise it or start fewer with --num_processes"
+        )
+    if world.is_main and (left := micro_batches_per_step % world.world_size):
+        log.warning(
+            "event=uneven_steps ranks=%d micro_batches_per_step=%d remedy='make it a multiple of the ranks: %d of them "
+            "have one micro-batch less than the others in each step'",
+            *(world.world_size, micro_batches_per_step, world.world_size - left),
+        )
+
+
 def leave_world() -> None:
     """End the process group, if there is one."""
     import torch.distributed as dist
@@ -179,6 +200,11 @@ def program_environment(folder: Path, *, on_cpu: bool, offline: bool) -> dict[st
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment.pop("ACCELERATE_USE_CPU", None)  # it leaves DeepSpeed out without a word
     return environment
+
+
+def program_name() -> str:
+    """Which of ``launch/X.py`` this process is: ``X``."""
+    return Path(sys.argv[0]).stem
 
 
 def command_line() -> str:

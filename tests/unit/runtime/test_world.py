@@ -1,10 +1,11 @@
-"""Where a program finds itself, and the environment that it gives to others."""
+"""Where a program finds itself, whether there is work for its ranks, and the environment that it gives to others."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from qad_dist.runtime.world import World, count_gpus, current_world, program_environment
+from qad_dist.runtime.world import World, check_micro_batches, count_gpus, current_world, program_environment
 from shards.errors import WorldError
 
 
@@ -42,6 +43,31 @@ def test_world_refuses_variables_that_contradict_each_other(monkeypatch, variabl
 
     with pytest.raises(WorldError, match=message):
         current_world()
+
+
+@pytest.mark.parametrize("rank", [0, 8, 15])
+def test_more_ranks_than_micro_batches_are_refused_on_every_rank(rank):
+    message = (
+        r"^train\.micro_batches_per_step must be at least the number of ranks \(16\), got 8; "
+        r"raise it or start fewer with --num_processes$"
+    )
+
+    with pytest.raises(WorldError, match=message):
+        check_micro_batches(World(rank=rank, local_rank=rank % 8, world_size=16), 8)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "micro_batches", "warnings"),
+    [(0, 8, 8, 0), (0, 4, 8, 0), (0, 1, 3, 0), (0, 6, 8, 1), (5, 6, 8, 0)],
+)
+def test_steps_that_leave_some_ranks_one_short_are_told_once(caplog, rank, world_size, micro_batches, warnings):
+    with caplog.at_level(logging.WARNING):
+        check_micro_batches(World(rank=rank, local_rank=rank, world_size=world_size), micro_batches)
+
+    assert len(caplog.messages) == warnings
+    for message in caplog.messages:
+        assert message.startswith("event=uneven_steps ranks=6 micro_batches_per_step=8 ")
+        assert "4 of them have one micro-batch less" in message  # 8 = 2 + 2 + 1 + 1 + 1 + 1
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("-1", 0), ("3", 1), ("0,1,2", 3), ("GPU-a,GPU-b", 2)])
