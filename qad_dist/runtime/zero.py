@@ -22,8 +22,9 @@ def read_deepspeed_settings(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"train.deepspeed must be a DeepSpeed JSON file, got {path!r} ({cause}); see configs/deepspeed"
         ) from cause
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    found = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    zero = found if isinstance(found, dict) else {}
+    stage = zero.get("stage")
     if type(stage) is not int or stage not in ZERO_STAGES:
         raise ConfigError(f"{path}: zero_optimization.stage must be 1, 2 or 3, got {stage!r}; see configs/deepspeed")
     for name in ("bf16", "fp16", "gradient_clipping", "optimizer", "scheduler", "train_batch_size"):
