@@ -7,7 +7,7 @@ damage; webdataset's own reader does not (a tar that was cut merely ends early).
 import math
 import tarfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import ShardError
-from shards.schema import Utterance
+from shards.schema import SPLITS, Utterance
 from shards.storage import atomic_write, fingerprint, read_json, sha256_file, write_json
 
 INDEX, UTTERANCES = "index.json", "utterances.parquet"
@@ -27,6 +27,8 @@ UNKNOWN_LANGUAGE = "unknown"
 _VERSION = 1
 _REMEDY = "pack again into an empty folder"
 _TYPES = {"str": pa.string(), "str | None": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_REPEATED = ("shard", "split", "language", "speaker", "source")
+_ROWS_AT_ONCE = 10_000
 _SCHEMA = pa.schema(
     [pa.field(field.name, _TYPES[getattr(field.type, "__name__", str(field.type))]) for field in fields(Utterance)]
 )
@@ -132,13 +134,13 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-def read_utterances(folder: Path) -> list[Utterance]:
-    """All utterances, in shard order, then tar order.
+def read_utterances(folder: Path, *, splits: Collection[str] = SPLITS) -> list[Utterance]:
+    """The utterances of some splits, in shard order, then tar order.
 
     Raises:
         ShardError: Index or table are missing, or the table is not the one that the index was written with.
     """
-    return _utterances(folder, read_index(folder))
+    return _utterances(folder, read_index(folder), splits)
 
 
 def verify(folder: Path, *, quick: bool = False) -> None:
@@ -158,7 +160,7 @@ def verify(folder: Path, *, quick: bool = False) -> None:
     if unlisted := sorted(path.name for path in folder.glob("*.tar") if path.name not in listed):
         raise ShardError(f"{folder / unlisted[0]} must be listed in {INDEX}, got an unknown shard; remove it")
     by_shard: defaultdict[str, list[Utterance]] = defaultdict(list)
-    for utterance in _utterances(folder, index):
+    for utterance in _utterances(folder, index, SPLITS):
         by_shard[utterance.shard].append(utterance)
     if not quick:
         for entry in index.shards:
@@ -203,7 +205,7 @@ def _verify_members(path: Path, utterances: Sequence[Utterance]) -> None:
         raise ShardError(f"{path} must hold the members that {UTTERANCES} lists, got {which!r} elsewhere; {_REMEDY}")
 
 
-def _utterances(folder: Path, index: Index) -> list[Utterance]:
+def _utterances(folder: Path, index: Index, splits: Collection[str]) -> list[Utterance]:
     path = folder / UTTERANCES
     if not path.is_file():
         raise ShardError(f"{path} must exist, got no such file; {_REMEDY}")
@@ -211,9 +213,15 @@ def _utterances(folder: Path, index: Index) -> list[Utterance]:
         raise ShardError(
             f"{path} must have sha256 {index.utterances_sha256[:12]}, got {digest[:12]}; it is damaged, {_REMEDY}"
         )
-    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-    names = list(columns)
-    return [Utterance(**dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    utterances = []
+    strings: dict[str | None, str | None] = {}
+    for batch in pq.read_table(path, filters=[("split", "in", list(splits))]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        columns: dict[str, list[Any]] = batch.to_pydict()
+        for name in _REPEATED:  # each string once, instead of once an utterance
+            columns[name] = [strings.setdefault(value, value) for value in columns[name]]
+        rows = zip(*columns.values(), strict=True)
+        utterances += [Utterance(**dict(zip(columns, row, strict=True))) for row in rows]
+    return utterances
 
 
 def _fingerprint(entries: Sequence[ShardEntry]) -> str:

@@ -1,5 +1,6 @@
 """Labelled utterances as packed batches, in the order of a plan."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +10,9 @@ from qad_dist.asr.collate import Example, collate, num_packed_tokens
 from qad_dist.asr.prompt import Prompt
 from qad_dist.batch import Batch
 from qad_dist.runtime.world import World
+from shards.labelled import LabelledUtterance
 from shards.plan import Plan, share_of_rank
 from shards.read import read_audio
-from shards.schema import PseudoLabel, Utterance
-
-LabelledUtterance = tuple[Utterance, PseudoLabel]
 
 
 class LabelledSet:
@@ -31,9 +30,9 @@ class LabelledSet:
         self.rows = list(rows)
         self.num_tokens = [
             num_packed_tokens(
-                prompt, duration_seconds=utterance.duration_seconds, num_response_tokens=len(label.token_ids)
+                prompt, duration_seconds=utterance.duration_seconds, num_response_tokens=len(response.token_ids)
             )
-            for utterance, label in self.rows
+            for utterance, response in self.rows
         ]
         self._folder, self._prompt, self._extractor = folder, prompt, extractor
 
@@ -45,11 +44,23 @@ class LabelledSet:
         """Seconds of audio of these utterances."""
         return sum(self.rows[i][0].duration_seconds for i in indices)
 
+    def fingerprint(self) -> str:
+        """Hex sha256 of the keys and responses, in their order."""
+        digest = hashlib.sha256()
+        for utterance, response in self.rows:
+            digest.update(f"{utterance.key} {len(response.token_ids)}\n".encode())
+            digest.update(response.token_ids.astype("<i4", copy=False).tobytes())
+        return digest.hexdigest()
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read, transform and pack these utterances."""
         examples = [
-            Example(key=utterance.key, audio_A=read_audio(self._folder, utterance), response_ids=label.token_ids)
-            for utterance, label in (self.rows[i] for i in indices)
+            Example(
+                key=utterance.key,
+                audio_A=read_audio(self._folder, utterance),
+                response_ids=response.token_ids.tolist(),
+            )
+            for utterance, response in (self.rows[i] for i in indices)
         ]
         return collate(examples, prompt=self._prompt, extractor=self._extractor)
 

@@ -190,13 +190,12 @@ def _initial_state(
     run: RunConfig, settings: dict[str, Any], training: LabelledSet, heldout: LabelledSet, world: World
 ) -> TrainingState:
     """The state before the first step, with the fingerprint of everything that decides the course of training."""
-    table = [[(utterance.key, label.token_ids) for utterance, label in dataset.rows] for dataset in (training, heldout)]
     quantized = read_json(run.stage_folder("quantize") / DONE)
     mark = fingerprint(
         run.seed,
         run.train.model_dump(mode="json", exclude=WITHOUT_EFFECT["train"]),
         settings,
-        table,
+        [training.fingerprint(), heldout.fingerprint()],
         quantized["fingerprint"],
     )
     return TrainingState(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +11,10 @@ from qad_dist.asr.load import AsrModel
 from qad_dist.asr.mel import log_mel
 from qad_dist.runtime.world import World
 from shards.index import read_utterances
+from shards.labelled import LabelledUtterance, Response
 from shards.plan import Plan, plan_epoch
 from shards.read import read_audio
-from shards.schema import ENDED_BY_END_TOKEN, PseudoLabel, Recording, Utterance
+from shards.schema import Recording
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import write_tone
 
@@ -23,17 +25,8 @@ SAMPLES = [
 ]
 
 
-def label_of(utterance: Utterance, tokens: int) -> PseudoLabel:
-    return PseudoLabel(
-        key=utterance.key,
-        token_ids=tuple(range(100, 100 + tokens)),
-        text="x",
-        language="English",
-        token_logprobs=(0.0,) * tokens,
-        mean_logprob=0.0,
-        ended_by=ENDED_BY_END_TOKEN,
-        duration_seconds=utterance.duration_seconds,
-    )
+def response_of(tokens: int) -> Response:
+    return Response(np.arange(100, 100 + tokens, dtype=np.int32), "English")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(packed: Path, nano: AsrModel) -> LabelledSet:
-    rows = [(utterance, label_of(utterance, 1 + i % 7)) for i, utterance in enumerate(read_utterances(packed))]
+    rows = [(utterance, response_of(1 + i % 7)) for i, utterance in enumerate(read_utterances(packed))]
     return LabelledSet(rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor)
 
 
@@ -89,6 +82,27 @@ def test_batch_has_each_utterances_own_audio_and_label(dataset: LabelledSet, pac
     mels = batch.mel_MF.split(batch.mel_lengths_U.tolist(), dim=1)
     for i, mel in zip(indices, mels, strict=True):
         assert torch.equal(mel, log_mel(read_audio(packed, dataset.rows[i][0]), nano.extractor))
+
+
+def test_fingerprint_is_of_keys_and_responses_in_their_order(
+    dataset: LabelledSet, packed: Path, nano: AsrModel
+) -> None:
+    (first, one), (second, _), *rest = dataset.rows
+    two = response_of(2)
+
+    def fingerprint(*rows: LabelledUtterance) -> str:
+        return LabelledSet(rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor).fingerprint()
+
+    base = fingerprint((first, one), (second, two))
+    others = {
+        fingerprint((second, two), (first, one)),
+        fingerprint((first, one)),
+        fingerprint((first, two), (second, one)),
+        fingerprint((first, one), (second, Response(two.token_ids + 1, "English"))),
+        fingerprint((first, one), (rest[0][0], two)),
+    }
+    assert len(others | {base}) == 6
+    assert fingerprint((first, one), (second, Response(two.token_ids.copy(), None))) == base
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

@@ -27,6 +27,17 @@ def test_the_table_has_one_column_for_each_field_in_shard_then_tar_order(folder)
     assert places == sorted(places)
 
 
+def test_utterances_of_some_splits_are_those_of_all_in_their_order_and_share_their_strings(folder):
+    everything = read_utterances(folder)
+
+    for splits in (["train"], ["heldout"], ["heldout", "train"], ["test"]):
+        found = read_utterances(folder, splits=splits)
+        assert found == [utterance for utterance in everything if utterance.split in splits]
+    for name in ("shard", "split", "language", "speaker", "source"):
+        values = [getattr(utterance, name) for utterance in everything]
+        assert len({id(value) for value in values}) == len(set(values)) < len(values)
+
+
 def test_the_fingerprint_tells_other_audio_and_not_another_folder(folder, tmp_path):
     pack_tones(make_recordings(tmp_path / "elsewhere", 12), tmp_path / "same", utterances_per_shard=4)
     pack_tones(make_recordings(tmp_path / "more", 13), tmp_path / "other", utterances_per_shard=4)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shards.errors import ShardError
@@ -61,7 +62,9 @@ def test_each_utterance_of_the_split_comes_with_its_own_label_in_index_order(pac
     labelled = read_labelled(packed, tmp_path / "label", split="train", reject=keep_all)
 
     assert [utterance for utterance, _ in labelled.rows] == [u for u in read_utterances(packed) if u.split == "train"]
-    assert all(found == label_of(utterance) for utterance, found in labelled.rows)
+    for utterance, response in labelled.rows:
+        assert response.token_ids.tolist() == list(label_of(utterance).token_ids)
+        assert (response.token_ids.dtype, response.language) == (np.int32, "English")
     assert len(labelled.rows) == NUM_UTTERANCES - 1
     assert not labelled.dropped
 
