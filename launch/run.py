@@ -38,7 +38,7 @@ def _start(config: RunConfig, arguments: argparse.Namespace) -> None:
 
     stages = run.chosen_stages(arguments.first, arguments.last)
     programs = Path(os.path.relpath(Path(__file__).parent))
-    launch = run.launch_for(programs, arguments.config, arguments.overrides)
+    launch = run.launch_for(programs, arguments.config, arguments.overrides, config)
     if arguments.dry_run:
         sys.stdout.write(run.dry_run(config, launch, stages))
     else:

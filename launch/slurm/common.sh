@@ -26,8 +26,10 @@ export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/qad-extensions-$SLURM_JOB_ID"
 launch_on_all_nodes() {
   local nodes
   nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" # no pipe into head: scontrol would die of it now and then
+  # srun does not take over the job's --cpus-per-task (since SLURM 22.05): without it all ranks share one core.
   # shellcheck disable=SC2016  # SLURM_NODEID is known on the node only
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' on_node \
     --config_file configs/accelerate/multi_node.yaml \
     --deepspeed_multinode_launcher standard \

@@ -28,7 +28,7 @@ from shards.index import INDEX, read_index
 from shards.sources import read_sources
 from shards.storage import read_json
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # One process each: pack brings its own, and export writes one folder.
 SINGLE_PROCESS = ("pack", "export")
@@ -55,11 +55,15 @@ class Launch:
     config: str
     overrides: tuple[str, ...] = ()
     num_gpus: int = 0
+    micro_batches_per_step: int
+    """Of training, which has work for no more ranks than that."""
 
-    @property
-    def world_size(self) -> int:
-        """Ranks of the stages that use several."""
-        return self.num_gpus or CPU_RANKS
+    def num_ranks(self, stage: str) -> int:
+        """One for each GPU, or two on the CPU; one for a stage that brings its own processes."""
+        if stage in SINGLE_PROCESS:
+            return 1
+        ranks = self.num_gpus or CPU_RANKS
+        return min(ranks, self.micro_batches_per_step) if stage == "train" else ranks
 
     def command(self, stage: str) -> list[str]:
         """The words of a stage's command line, beginning with ``python`` or ``accelerate``."""
@@ -67,9 +71,10 @@ class Launch:
         program = [str(self.programs / f"{stage}.py"), *options]
         if stage in SINGLE_PROCESS:
             return ["python", *program]
-        machine = "cpu" if self.num_gpus == 0 else "one_gpu" if self.num_gpus == 1 else "one_node"
+        num_ranks = self.num_ranks(stage)
+        machine = "cpu" if self.num_gpus == 0 else "one_gpu" if num_ranks == 1 else "one_node"
         file = self.programs.parent / "configs" / "accelerate" / f"{machine}.yaml"
-        ranks = ["--config_file", str(file), "--num_processes", str(self.world_size)]
+        ranks = ["--config_file", str(file), "--num_processes", str(num_ranks)]
         return ["accelerate", "launch", *ranks, *program]
 
 
@@ -95,9 +100,11 @@ def run(config: RunConfig, launch: Launch, stages: Sequence[str]) -> None:
     environment = program_environment(config.folder, on_cpu=launch.num_gpus == 0, offline=offline)
     for stage in stages:
         if is_finished(config, stage):
-            logger.info("stage=%s state=skipped reason=finished", stage)
+            log.info("event=skipped stage=%s reason=finished", stage)
             continue
-        logger.info("stage=%s state=started command=%s", stage, shlex.join(launch.command(stage)))
+        if stage not in SINGLE_PROCESS and (idle := launch.num_gpus - launch.num_ranks(stage)) > 0:
+            log.warning("event=idle_gpus stage=%s gpus=%d remedy='raise train.micro_batches_per_step'", stage, idle)
+        log.info("event=started stage=%s command=%s", stage, shlex.join(launch.command(stage)))
         begin = time.monotonic()
         code = _call(launch.command(stage), environment)
         seconds = time.monotonic() - begin
@@ -107,7 +114,7 @@ def run(config: RunConfig, launch: Launch, stages: Sequence[str]) -> None:
                 f"mend what it says above, then start again: finished stages are skipped",
                 code,
             )
-        logger.info("stage=%s state=finished seconds=%.1f", stage, seconds)
+        log.info("event=ended stage=%s seconds=%.1f", stage, seconds)
 
 
 def dry_run(config: RunConfig, launch: Launch, stages: Sequence[str]) -> str:
@@ -120,9 +127,9 @@ def dry_run(config: RunConfig, launch: Launch, stages: Sequence[str]) -> str:
         lines.append(f"  {shlex.join(launch.command(stage))}{state}")
     lines += ["", f"audio: {'unknown' if hours is None else f'{hours:.2f} hours'} ({told_by})"]
     steps, micro_batches = config.train.steps, config.train.micro_batches_per_step
-    tokens = config.train.micro_batch_tokens
-    lines += [f"training: {steps} steps of {micro_batches} micro-batches of up to {tokens} tokens"]
-    lines += ["", *_memory_lines(config, size, launch.world_size), "", "disk:"]
+    tokens, num_ranks = config.train.micro_batch_tokens, launch.num_ranks("train")
+    lines += [f"training: {steps} steps of {micro_batches} micro-batches of up to {tokens} tokens on {num_ranks} ranks"]
+    lines += ["", *_memory_lines(config, size, num_ranks), "", "disk:"]
     disk = disk_of_stages(config, size, hours=hours)
     lines += [f"  {stage}: {'unknown' if disk[stage] is None else _readable(disk[stage])}" for stage in stages]
     return "\n".join(lines) + "\n"
@@ -212,6 +219,12 @@ def _readable(size: float | None) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
-def launch_for(programs: Path, config: str, overrides: Sequence[str]) -> Launch:
-    """How to start programs here: one rank for each GPU, or two on the CPU."""
-    return Launch(programs=programs, config=config, overrides=tuple(overrides), num_gpus=count_gpus())
+def launch_for(programs: Path, path: str, overrides: Sequence[str], config: RunConfig) -> Launch:
+    """How to start programs on this machine with the config at ``path``, which the overrides make ``config``."""
+    return Launch(
+        programs=programs,
+        config=path,
+        overrides=tuple(overrides),
+        num_gpus=count_gpus(),
+        micro_batches_per_step=config.train.micro_batches_per_step,
+    )

@@ -4,11 +4,13 @@ each node's task on this machine, with the variables that SLURM would set.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"
@@ -70,7 +72,7 @@ def test_each_node_starts_its_ranks_and_all_of_them_meet(tmp_path: Path, job: di
     (tmp_path / "program.py").write_text(PROGRAM)
     script = 'source launch/slurm/common.sh; launch_on_all_nodes program.py --config "a b.yaml"'
 
-    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=job, check=True, timeout=120)
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=job, check=True, timeout=300)
 
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     for rank, told in enumerate(ranks):
@@ -95,12 +97,14 @@ def test_batch_file_asks_for_one_task_a_node_and_a_rank_for_each_gpu(
 
     subprocess.run(
         ["bash", SLURM / f"{stage}.sbatch", "--config", "configs/toy.yaml"],
-        env={**job, "SLURM_GPUS_ON_NODE": "8"},
+        env={**job, "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "24"},
         check=True,
-        timeout=60,
+        timeout=300,
     )
 
-    assert "--ntasks-per-node=1" in (tmp_path / "srun.txt").read_text().splitlines()
+    asked = (tmp_path / "srun.txt").read_text().splitlines()
+    assert "--ntasks-per-node=1" in asked
+    assert "--cpus-per-task=24" in asked
     for node in range(2):
         words = (tmp_path / f"node-{node}.txt").read_text().splitlines()
         options = dict(zip(words[1:-3:2], words[2:-3:2], strict=True))
@@ -113,10 +117,27 @@ def test_batch_file_asks_for_one_task_a_node_and_a_rank_for_each_gpu(
         assert options["--deepspeed_multinode_launcher"] == "standard"
 
 
+@pytest.mark.parametrize("stage", ["label", "train"])
+def test_batch_file_asks_for_cores_for_all_ranks_of_a_node(stage: str) -> None:
+    """One task a node: with its one core by default, eight ranks would share that."""
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.+)$", (SLURM / f"{stage}.sbatch").read_text(), re.MULTILINE))
+
+    assert asked["ntasks-per-node"] == "1"
+    assert int(asked["cpus-per-task"]) >= 8
+
+
+def test_documented_command_has_a_micro_batch_for_each_rank() -> None:
+    command = r"sbatch --nodes=(\d+) --gpus-per-node=(\d+) launch/slurm/train\.sbatch --config (\S+)"
+    nodes, gpus, config = re.findall(command, (SLURM / "train.sbatch").read_text())[0]
+
+    train = yaml.safe_load((ROOT / config).read_text())["train"]
+    assert train["micro_batches_per_step"] % (int(nodes) * int(gpus)) == 0
+
+
 def test_a_node_that_fails_fails_the_job(tmp_path: Path, job: dict[str, str]) -> None:
     (tmp_path / "tools" / "accelerate").write_text("#!/bin/bash\n[[ $SLURM_NODEID == 0 ]]\n")
 
-    process = subprocess.run(["bash", SLURM / "train.sbatch"], env=job, timeout=60)
+    process = subprocess.run(["bash", SLURM / "train.sbatch"], env=job, timeout=300)
 
     assert process.returncode == 1
 
@@ -126,7 +147,7 @@ def test_batch_file_names_the_folder_when_submitted_elsewhere(tmp_path: Path, jo
     (tmp_path / "launch" / "slurm").mkdir(parents=True)
     (tmp_path / "launch" / "slurm" / "common.sh").write_text((SLURM / "common.sh").read_text())
 
-    process = subprocess.run(["bash", SLURM / "train.sbatch"], env=job, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(["bash", SLURM / "train.sbatch"], env=job, capture_output=True, text=True, timeout=300)
 
     assert process.returncode == 1
     assert process.stderr == f"sbatch must be called in the project's folder, got {tmp_path}; cd there first\n"

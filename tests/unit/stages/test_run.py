@@ -1,5 +1,6 @@
 """The whole run: order, skipping, the first failure, and the commands. The programs are real processes."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from qad_dist.config import RunConfig, load_run
 from qad_dist.runtime.record import STAGES, begin_stage, finish_stage
+from qad_dist.stages import run as run_module
 from qad_dist.stages.run import Launch, StageFailedError, chosen_stages, dry_run, run
 from shards.errors import ConfigError
 
@@ -37,7 +39,7 @@ def single_process_launch(tmp_path: Path) -> Launch:
     programs.mkdir()
     for stage in ("pack", "export"):
         (programs / f"{stage}.py").write_text(PROGRAM.format(folder=str(tmp_path)))
-    return Launch(programs=programs, config="c.yaml", overrides=("seed=3", "train.steps=70"))
+    return Launch(programs=programs, config="c.yaml", overrides=("seed=3", "train.steps=70"), micro_batches_per_step=2)
 
 
 def started(tmp_path: Path) -> list[str]:
@@ -85,7 +87,7 @@ def test_first_failing_stage_ends_the_run_with_its_exit_code(config, single_proc
     ("num_gpus", "file", "ranks"), [(0, "cpu.yaml", "2"), (1, "one_gpu.yaml", "1"), (5, "one_node.yaml", "5")]
 )
 def test_stages_of_several_ranks_go_through_accelerate_as_the_machine_has_it(root, num_gpus, file, ranks):
-    launch = Launch(programs=root / "launch", config="c.yaml", num_gpus=num_gpus)
+    launch = Launch(programs=root / "launch", config="c.yaml", num_gpus=num_gpus, micro_batches_per_step=8)
 
     for stage in ("label", "quantize", "train", "score"):
         assert launch.command(stage) == [
@@ -96,17 +98,46 @@ def test_stages_of_several_ranks_go_through_accelerate_as_the_machine_has_it(roo
         assert launch.command(stage) == ["python", str(root / "launch" / f"{stage}.py"), "--config", "c.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "micro_batches", "file", "ranks"),
+    [(8, 2, "one_node", 2), (8, 8, "one_node", 8), (8, 16, "one_node", 8), (8, 1, "one_gpu", 1), (0, 1, "cpu", 1)],
+)
+def test_training_gets_no_more_ranks_than_a_step_has_micro_batches(root, num_gpus, micro_batches, file, ranks):
+    launch = Launch(programs=root / "launch", config="c.yaml", num_gpus=num_gpus, micro_batches_per_step=micro_batches)
+
+    words = {stage: launch.command(stage) for stage in ("label", "train")}
+
+    assert words["train"][3].endswith(f"/{file}.yaml")
+    assert words["train"][4:6] == ["--num_processes", str(ranks)]
+    assert words["label"][4:6] == ["--num_processes", str(num_gpus or 2)]
+
+
+def test_gpus_that_training_leaves_idle_are_told(config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run_module, "_call", lambda command, environment: 0)
+    launch = Launch(programs=tmp_path, config="c.yaml", num_gpus=8, micro_batches_per_step=2)
+    stages = ["pack", "label", "train", "export"]
+
+    with caplog.at_level(logging.INFO, logger="qad_dist"):
+        run(config, launch, stages)
+
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["event=idle_gpus stage=train gpus=6 remedy='raise train.micro_batches_per_step'"]
+    told = [message.split(" ")[:2] for message in caplog.messages if "idle" not in message]
+    assert told == [[f"event={event}", f"stage={stage}"] for stage in stages for event in ("started", "ended")]
+
+
 def test_dry_run_tells_commands_hours_steps_memory_and_disk_and_writes_nothing(config, root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
 
-    text = dry_run(config, Launch(programs=Path("launch"), config="configs/toy.yaml"), list(STAGES))
+    launch = Launch(programs=Path("launch"), config="c.yaml", num_gpus=8, micro_batches_per_step=2)
+    text = dry_run(config, launch, list(STAGES))
 
     for stage in STAGES:
-        assert f"launch/{stage}.py --config configs/toy.yaml" in text
+        assert f"launch/{stage}.py --config c.yaml" in text
         assert f"\n  {stage}: " in text
     # 1,493.9 s by libsndfile.
     assert "audio: 0.41 hours (from the headers of 725 of 725 recordings)" in text
-    assert f"training: {config.train.steps} steps of" in text
+    assert f"training: {config.train.steps} steps of 2 micro-batches of up to 2048 tokens on 2 ranks" in text
     assert f"(2 ranks, ZeRO-2, {config.model.dtype})" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +153,7 @@ def test_sigterm_to_the_runner_ends_the_program_that_it_waits_for(root, tmp_path
         "import sys\nfrom pathlib import Path\nfrom qad_dist.config import load_run\n"
         "from qad_dist.stages.run import Launch, run\n"
         f"config = load_run({str(root / 'configs/toy.yaml')!r}, ['run={tmp_path}/run'])\n"
-        f"run(config, Launch(programs=Path({str(programs)!r}), config='c'), ['pack'])\n"
+        f"run(config, Launch(programs=Path({str(programs)!r}), config='c', micro_batches_per_step=2), ['pack'])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True) as runner:
