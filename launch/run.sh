@@ -9,6 +9,8 @@ arguments=()
 for argument in "$@"; do
     if [ "${previous:-}" = --config ] && [ -f "$argument" ]; then
         argument="$(realpath "$argument")"
+    elif [ "${argument#--config=}" != "$argument" ] && [ -f "${argument#--config=}" ]; then
+        argument="--config=$(realpath "${argument#--config=}")"
     fi
     arguments+=("$argument")
     previous="$argument"
