@@ -24,26 +24,6 @@ def all_gather_objects(value: Value) -> list[Value]:
     return values  # type: ignore[return-value]  # every place was filled
 
 
-def all_raise(error: QadError | None) -> None:
-    """Raise on every rank what any rank brings; return on every rank when none does.
-
-    Ranks that go on while one has failed would wait for it in their next collective until that times out.
-
-    Args:
-        error: This rank's failure, or None. The lowest failing rank's is the one that all raise.
-
-    Raises:
-        QadError: Of the type and with the message of the failing rank's.
-    """
-    outcomes = all_gather_objects(None if error is None else (type(error), str(error)))
-    for rank, outcome in enumerate(outcomes):
-        if outcome is not None:
-            kind, message = outcome
-            shared = kind(message if rank == 0 or len(outcomes) == 1 else f"rank={rank} {message}")
-            shared.is_shared = len(outcomes) > 1
-            raise shared from error
-
-
 def run_on_main(function: Callable[[], Value]) -> Value:
     """Call ``function`` on rank 0 only and give its result to every rank.
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from qad_dist.runtime.collectives import all_gather_objects, all_raise, barrier, run_on_main
-from shards.errors import ModelError, ShardError, WorldError
+from qad_dist.runtime.collectives import all_gather_objects, barrier, run_on_main
+from shards.errors import ModelError, WorldError
 from tests.helpers.ranks import run_on_ranks
 
 
@@ -15,16 +15,6 @@ def gather_in_rank_order(rank: int, world_size: int) -> None:
     barrier()
 
     assert all_gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
-
-
-def raise_where_another_rank_failed(rank: int, world_size: int) -> None:
-    assert dist.get_world_size() == world_size == 3
-    all_raise(None)
-
-    with pytest.raises(ShardError, match=r"^rank=1 shard 7 is damaged$") as caught:
-        all_raise({1: ShardError("shard 7 is damaged"), 2: ModelError("later")}.get(rank))
-    assert caught.value.is_shared
-    barrier()  # every rank still takes part: none was left waiting in the collective above
 
 
 def give_the_result_of_rank_0_to_all(rank: int, world_size: int, folder: str) -> None:
@@ -65,10 +55,6 @@ def test_gathered_values_stand_in_rank_order(tmp_path):
     run_on_ranks(gather_in_rank_order, world_size=3, tmp_path=tmp_path)
 
 
-def test_failure_of_one_rank_is_raised_on_all(tmp_path):
-    run_on_ranks(raise_where_another_rank_failed, world_size=3, tmp_path=tmp_path)
-
-
 def test_run_on_main_runs_once_and_gives_every_rank_the_result(tmp_path):
     run_on_ranks(give_the_result_of_rank_0_to_all, str(tmp_path), world_size=2, tmp_path=tmp_path)
 
@@ -83,10 +69,6 @@ def test_run_on_main_leaves_no_rank_waiting_for_a_bug(tmp_path):
 
 def test_single_process_needs_no_group(tmp_path):
     barrier()
-    all_raise(None)
 
     assert all_gather_objects(3) == [3]
     assert run_on_main(lambda: "x") == "x"
-    with pytest.raises(ShardError, match=r"^damaged$") as caught:
-        all_raise(ShardError("damaged"))
-    assert not caught.value.is_shared
