@@ -1,6 +1,6 @@
 """Logging of the programs: one line per event, ``key=value``, no colours; progress from rank 0, warnings from all.
 
-A module writes ``logger = logging.getLogger(__name__)`` and ``logger.info("labelled shard=%s utterances=%d", ...)``.
+A module writes ``log = logging.getLogger(__name__)`` and ``log.info("event=labelled shard=%s utterances=%d", ...)``.
 """
 
 import io
@@ -21,7 +21,6 @@ _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "modelopt", "numexpr", "httpx", "f
 _IDLE_WARNINGS = (
     r".*torch_dtype.*deprecated.*",
     r".*pynvml package is deprecated.*",
-    r"`torch\.distributed\.\w+` is deprecated.*",
     r".*barrier\(\): using the device under current context.*",
     r".*`torch\.distributed\.\w+` is deprecated.*",
     r".*is not calibrated, skip smoothing.*",  # what quantize leaves out on purpose

@@ -24,8 +24,8 @@ def lines_of(rank: int, world_size: int, capsys) -> list[str]:
     configure_logging(World(rank=rank, local_rank=rank, world_size=world_size))
     ours = logging.getLogger("qad_dist.stages.label")
     ours.debug("detail")
-    ours.info("labelled shard=%s utterances=%d", "audio-000001.tar", 64)
-    ours.warning("skipped key=%s", "a-1")
+    ours.info("event=labelled shard=%s utterances=%d", "audio-000001.tar", 64)
+    ours.warning("event=skipped key=%s", "a-1")
     return capsys.readouterr().err.splitlines()
 
 
@@ -33,17 +33,17 @@ def test_single_rank_tells_progress_and_warnings_with_their_time(capsys):
     told = lines_of(0, 1, capsys)
 
     assert [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", "", line) for line in told] == [
-        "INFO labelled shard=audio-000001.tar utterances=64",
-        "WARNING skipped key=a-1",
+        "INFO event=labelled shard=audio-000001.tar utterances=64",
+        "WARNING event=skipped key=a-1",
     ]
 
 
 def test_rank_0_of_several_tells_progress_and_the_others_only_warnings(capsys):
     assert [line.split(" ", 1)[1] for line in lines_of(0, 2, capsys)] == [
-        "INFO rank=0 labelled shard=audio-000001.tar utterances=64",
-        "WARNING rank=0 skipped key=a-1",
+        "INFO rank=0 event=labelled shard=audio-000001.tar utterances=64",
+        "WARNING rank=0 event=skipped key=a-1",
     ]
-    assert [line.split(" ", 1)[1] for line in lines_of(1, 2, capsys)] == ["WARNING rank=1 skipped key=a-1"]
+    assert [line.split(" ", 1)[1] for line in lines_of(1, 2, capsys)] == ["WARNING rank=1 event=skipped key=a-1"]
 
 
 def test_libraries_tell_warnings_only_even_if_they_set_their_level_on_import(capsys, monkeypatch):
