@@ -46,6 +46,8 @@ class Outcome:
     number: int
     """Place of the utterance in the set."""
     hypothesis: Hypothesis
+    counts: ErrorCounts | None
+    """Of the utterance; None where it has no reference."""
     kl: float | None
     """Summed over the teacher's response tokens, in nats; None for the teacher itself and for another LM head."""
     agreements: int | None
@@ -62,6 +64,7 @@ def run(run: RunConfig) -> None:
         require_stage(run, "train")
         utterances = _utterances(run)
         check_enough_work(world, len(utterances), stage="score")
+        run_on_main(lambda: _student_folders(run))  # first one rank alone: a hub id is downloaded
         folders = _student_folders(run)
         run_on_main(lambda: [verify_manifest(folders[name]) for name in OWN_STUDENTS])
         run_on_main(lambda: begin_stage(run, "score"))
@@ -71,11 +74,7 @@ def run(run: RunConfig) -> None:
         systems = {"teacher": _described(teacher.folder, None, utterances, answers, answers)}
         run_on_main(lambda: _write_predictions(run, "teacher", utterances, answers))
         for name, folder in folders.items():
-            system = _load_system(run, folder, world)
-            # Before folding: it drops the weight quantizers, by which INT8 tensors are known.
-            num_int8_bytes = int8_bytes(system.model) if (folder / MODELOPT_STATE).exists() else None
-            fold_weights(system.model)
-            outcomes = _score_system(run, name, system, (teacher, answers), utterances, world)
+            num_int8_bytes, outcomes = _score_student(run, name, folder, (teacher, answers), utterances, world)
             systems[name] = _described(folder, num_int8_bytes, utterances, outcomes, answers)
             run_on_main(lambda name=name, outcomes=outcomes: _write_predictions(run, name, utterances, outcomes))
         run_on_main(lambda: _write(run, systems, utterances))
@@ -91,13 +90,13 @@ def dry_run(run: RunConfig) -> None:
     """Say what would be scored."""
     utterances = _utterances(run)
     hours = sum(utterance.duration_seconds for utterance in utterances) / 3600
-    names = ["teacher", *_student_folders(run)]
+    names = ["teacher", *OWN_STUDENTS, *run.score.systems]
     log.info("event=dry_run stage=score utterances=%d audio_hours=%.3f systems=%s", len(utterances), hours, names)
 
 
 def _utterances(run: RunConfig) -> list[Utterance]:
     utterances = [u for u in read_utterances(run.stage_folder("pack")) if u.split in run.score.splits]
-    if not any(utterance.reference for utterance in utterances):
+    if all(utterance.reference is None for utterance in utterances):
         raise ShardError(
             f"score.splits must name splits with references, got {run.score.splits}: {len(utterances)} utterances, "
             "none with a reference; pack a test set with transcripts"
@@ -112,14 +111,27 @@ def _student_folders(run: RunConfig) -> dict[str, Path]:
     return folders
 
 
-def _load_system(run: RunConfig, folder: Path, world: World) -> AsrModel:
-    return load_model(
+def _score_student(
+    run: RunConfig,
+    name: str,
+    folder: Path,
+    teacher: tuple[AsrModel, list[Outcome]],
+    utterances: list[Utterance],
+    world: World,
+) -> tuple[int | None, list[Outcome]]:
+    """Bytes in INT8 (None if it is not quantized) and outcomes of one student, which is gone from memory afterwards."""
+    is_quantized = (folder / MODELOPT_STATE).exists()
+    system = load_model(
         folder,
         dtype=run.model.dtype,
         audio_attention=run.model.audio_attention,
         device=device_for(world),
-        quantized=(folder / MODELOPT_STATE).exists(),
+        quantized=is_quantized,
     )
+    # Before folding: it drops the weight quantizers, by which INT8 tensors are known.
+    num_int8_bytes = int8_bytes(system.model) if is_quantized else None
+    fold_weights(system.model)
+    return num_int8_bytes, _score_system(run, name, system, teacher, utterances, world)
 
 
 def _score_system(
@@ -133,20 +145,30 @@ def _score_system(
     """Outcomes of all utterances, in their order, on every rank. Batches depend on set and settings only."""
     batches = plan_decoding([u.duration_seconds for u in utterances], batch_audio_seconds=run.score.batch_audio_seconds)
     own = batches[world.rank :: world.world_size]
+    # KL needs one head for both: without it there is no distance.
+    is_comparable = teacher is not None and torch.equal(system.head_weight_VD, teacher[0].head_weight_VD)
     outcomes: list[Outcome] = []
     for numbers in tqdm(own, desc=f"score {name}", unit="batch", disable=None if world.is_main else True):
         audios = read_many(run.stage_folder("pack"), [utterances[number] for number in numbers])
         hypotheses = transcribe(system, audios, max_response_tokens=run.score.max_response_tokens)
-        distances: list[tuple[float, int] | tuple[None, None]] = [(None, None)] * len(numbers)
-        if teacher is not None:
+        distances: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(numbers)
+        if teacher is not None and is_comparable:
             responses = [teacher[1][number].hypothesis.token_ids for number in numbers]
             distances = _distances(run, system, teacher[0], audios, responses)
         for number, hypothesis, (kl, agreements) in zip(numbers, hypotheses, distances, strict=True):
-            outcomes.append(Outcome(number=number, hypothesis=hypothesis, kl=kl, agreements=agreements))
+            counts = _counts(utterances[number], hypothesis)
+            outcomes.append(Outcome(number=number, hypothesis=hypothesis, counts=counts, kl=kl, agreements=agreements))
     gathered = sorted((o for share in all_gather_objects(outcomes) for o in share), key=lambda o: o.number)
     if world.is_main:
         log.info("event=scored system=%s utterances=%d", name, len(gathered))
     return gathered
+
+
+def _counts(utterance: Utterance, hypothesis: Hypothesis) -> ErrorCounts | None:
+    """An empty reference counts: whatever is heard in silence is inserted."""
+    if utterance.reference is None:
+        return None
+    return count_errors(utterance.reference, hypothesis.text, language=utterance.language)
 
 
 def _distances(
@@ -155,10 +177,8 @@ def _distances(
     teacher: AsrModel,
     audios: Sequence[Any],
     responses: Sequence[Sequence[int]],
-) -> list[tuple[float, int] | tuple[None, None]]:
-    """KL and agreements of each utterance, summed over the teacher's own response tokens."""
-    if not torch.equal(system.head_weight_VD, teacher.head_weight_VD):
-        return [(None, None)] * len(audios)
+) -> list[tuple[float, int]]:
+    """KL and agreements of each utterance, summed over the teacher's own response tokens, through the common head."""
     examples = [
         Example(key=str(i), audio_A=audio, response_ids=response)
         for i, (audio, response) in enumerate(zip(audios, responses, strict=True))
@@ -211,11 +231,7 @@ def _row(
     outcomes: list[Outcome], utterances: list[Utterance], answers: list[Outcome], *, rate_unit: str
 ) -> dict[str, Any]:
     """Counts over some utterances; rates are divided once, here."""
-    counts: ErrorCounts = corpus(
-        count_errors(reference, o.hypothesis.text, language=utterances[o.number].language)
-        for o in outcomes
-        if (reference := utterances[o.number].reference)
-    )
+    counts = corpus(o.counts for o in outcomes if o.counts is not None)
     told = [o for o in outcomes if utterances[o.number].language]
     right = sum(o.hypothesis.language == utterances[o.number].language for o in told)
     tokens = sum(len(answers[o.number].hypothesis.token_ids) for o in outcomes)
@@ -241,7 +257,6 @@ def _write_predictions(run: RunConfig, name: str, utterances: list[Utterance], o
     with atomic_write(run.stage_folder("score") / f"{name}.jsonl") as file:
         for outcome in outcomes:
             utterance, hypothesis = utterances[outcome.number], outcome.hypothesis
-            counts = count_errors(utterance.reference or "", hypothesis.text, language=utterance.language)
             line = {
                 "key": utterance.key,
                 "language": utterance.language,
@@ -252,7 +267,7 @@ def _write_predictions(run: RunConfig, name: str, utterances: list[Utterance], o
                 "ended_by": hypothesis.ended_by,
                 "kl": outcome.kl,
                 "duration_seconds": utterance.duration_seconds,
-                **(asdict(counts) if utterance.reference else {}),
+                **(asdict(outcome.counts) if outcome.counts is not None else {}),
             }
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 

@@ -75,10 +75,15 @@ def _read_line(line: bytes, *, path: Path, where: str) -> Found:
         source=path.absolute().parent.name,
         language=name,
         speaker=_text(row, _SPEAKERS, where),
-        reference=reference or None,
+        reference="" if reference is None and _is_silent(row) else reference,
         split=_text(row, ("split",), where),
         told_seconds=_seconds(row, where),
     )
+
+
+def _is_silent(row: Mapping[str, Any]) -> bool:
+    """Whether a line that has no transcript says so: blank is not the same as absent."""
+    return any(isinstance(row.get(name), str) for name in _REFERENCES)
 
 
 def _text(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str | None:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from shards.errors import SourceError
+from shards.index import read_utterances
 from shards.sources import read_sources
 from shards.sources.keys import MAX_KEY_LENGTH, clean_key
+from tests.helpers.packing import pack_tones
 from tests.helpers.tones import write_tone
 
 
@@ -49,7 +51,7 @@ def test_manifest_fields_have_their_usual_names(tmp_path, reference, language, s
     ("text", "language", "reference"),
     [
         ("language English<asr_text>hello", "English", "hello"),
-        ("language None<asr_text>", None, None),
+        ("language None<asr_text>", None, ""),
         ("language Chinese<asr_text>你好<asr_text>", "Chinese", "你好<asr_text>"),
         ("the language English is", None, "the language English is"),
     ],
@@ -58,6 +60,25 @@ def test_the_tag_of_qwens_fine_tuning_files_is_taken_off(tmp_path, text, languag
     found = read_one(tmp_path, {"audio": "x.wav", "text": text})
 
     assert (found.language, found.reference) == (language, reference)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reference"),
+    [
+        ({}, None),
+        ({"text": None}, None),
+        ({"text": ""}, ""),
+        ({"text": " \n"}, ""),
+        ({"text": "", "reference": "a"}, "a"),
+    ],
+)
+def test_blank_text_is_silence_and_no_text_is_no_reference(tmp_path, fields, reference):
+    recording = read_one(tmp_path, {"audio": str(write_tone(tmp_path / "x.wav", 0)), **fields})
+    pack_tones([recording], tmp_path / "pack", holdout=0)
+
+    (packed,) = read_utterances(tmp_path / "pack")
+
+    assert (recording.reference, packed.reference) == (reference, reference)
 
 
 def test_the_default_language_holds_only_where_the_source_says_nothing(tmp_path):
