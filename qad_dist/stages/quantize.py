@@ -36,7 +36,8 @@ def run(run: RunConfig) -> None:
     """
     with joined_world(TIMEOUT_SECONDS) as world:
         require_stage(run, "label")
-        rows = calibration_rows(run)
+        # Rank 0 alone reads all labels; the others get what it chose.
+        rows = run_on_main(lambda: calibration_rows(run))
         check_enough_work(world, len(rows), stage="quantize")
         run_on_main(lambda: begin_stage(run, "quantize"))
         enable_checkpointing()

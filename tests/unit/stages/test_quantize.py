@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from qad_dist.config import RunConfig
+from qad_dist.runtime.world import World
+from qad_dist.stages import quantize
 from qad_dist.stages.quantize import calibration_rows, share_out
-from shards.errors import ShardError
+from shards.errors import ShardError, WorldError
 from shards.index import read_index, read_utterances
 from shards.labels import LabelHeader, label_path, write_labels
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH, TRAIN, PseudoLabel, Recording, Utterance
@@ -156,3 +158,19 @@ def test_labels_of_another_pack_are_refused(folder: Path) -> None:
 
     with pytest.raises(ShardError, match=r"must label the shard that is in the index, got another one; label again"):
         calibration_rows(run_of(folder))
+
+
+def test_only_one_rank_reads_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others get the rows that it chose; on this rank, as on them, nothing is read."""
+    chosen: list[object] = [object(), object()]
+    monkeypatch.setattr(quantize, "require_stage", lambda *_: None)
+    monkeypatch.setattr(quantize, "calibration_rows", lambda _: pytest.fail("read the labels"))
+    monkeypatch.setattr(quantize, "run_on_main", lambda _: chosen)
+
+    def reached(_: World, num_utterances: int, *, stage: str) -> None:
+        raise WorldError(f"{stage} has {num_utterances}")
+
+    monkeypatch.setattr(quantize, "check_enough_work", reached)
+
+    with pytest.raises(WorldError, match="quantize has 2"):
+        quantize.run(run_of(tmp_path))
