@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 RECORDINGS_TRIED = 20
 """For one that can be transcribed."""
 
-# Shorter utterances are padded by this project, and not by every version of qwen-asr.
-MIN_COMPARED_SECONDS = 0.5
-
 
 def run(run: RunConfig) -> None:
     """Look at everything and say what was found, line by line.
@@ -114,10 +111,8 @@ def _utterance(run: RunConfig) -> tuple[str, "np.ndarray"]:
     from shards.read import read_audio
 
     packed = run.stage_folder("pack")
-    if (packed / INDEX).is_file():
-        for utterance in read_utterances(packed):
-            if utterance.duration_seconds >= MIN_COMPARED_SECONDS:
-                return utterance.key, read_audio(packed, utterance)
+    if (packed / INDEX).is_file() and (utterances := read_utterances(packed)):
+        return utterances[0].key, read_audio(packed, utterances[0])
     return _recording(run)
 
 
@@ -126,11 +121,12 @@ def _recording(run: RunConfig) -> tuple[str, "np.ndarray"]:
     from shards.sources import read_sources
 
     recordings = read_sources(run.pack.inputs[:1], default_language=run.pack.language)[:RECORDINGS_TRIED]
-    shortest = max(MIN_COMPARED_SECONDS, run.pack.min_audio_seconds)
     reasons = []
     for recording in recordings:
         try:
-            audio_A = decode(recording.path, min_seconds=shortest, max_seconds=run.pack.max_audio_seconds)
+            audio_A = decode(
+                recording.path, min_seconds=run.pack.min_audio_seconds, max_seconds=run.pack.max_audio_seconds
+            )
         except AudioError as error:
             reasons.append(f"{recording.path}: {error}")
         else:

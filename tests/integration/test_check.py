@@ -14,8 +14,8 @@ from qad_dist.config import RunConfig
 from qad_dist.runtime import machine
 from qad_dist.stages import check
 from shards.errors import ModelError
-from shards.pack import pack
 from shards.schema import SAMPLE_RATE_HZ, Recording
+from tests.helpers.packing import pack_tones
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2.json"
@@ -85,12 +85,8 @@ def test_check_passes_on_the_embedded_teacher_and_writes_nothing(
 def test_check_takes_a_packed_utterance_when_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_config(tmp_path, ASSETS / "nano-teacher")
     (path,) = (tmp_path / "recordings").iterdir()
-    pack(
-        [Recording(path=str(path), key="packed-utterance", source="digits")],
-        run.stage_folder("pack"),
-        seed=run.seed,
-        **run.pack.model_dump(exclude={"inputs", "language"}),
-    )
+    recording = Recording(path=str(path), key="packed-utterance", source="digits")
+    pack_tones([recording], run.stage_folder("pack"))
     shutil.rmtree(tmp_path / "recordings")
 
     check.run(run)
@@ -266,11 +262,28 @@ def test_check_sees_a_transcript_that_differs_from_qwen_asr(
 
 
 @pytest.mark.usefixtures("loads_everything")
+@pytest.mark.parametrize("seconds", [0.1, 0.3])
+def test_check_compares_utterances_of_less_than_half_a_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float
+) -> None:
+    """Neither side pads them."""
+    run = run_config(tmp_path, ASSETS / "nano-teacher")
+    (path,) = (tmp_path / "recordings").iterdir()
+    audio_A, rate = soundfile.read(path)
+    path.unlink()
+    soundfile.write(tmp_path / "recordings" / "short.wav", audio_A[: round(seconds * rate)], rate)
+
+    check.run(run)
+
+    assert "transcript: of short equals qwen-asr's" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("loads_everything")
 def test_check_names_an_input_without_any_utterance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_config(tmp_path, ASSETS / "nano-teacher")
     for path in (tmp_path / "recordings").iterdir():
         path.unlink()
-    soundfile.write(tmp_path / "recordings" / "short.wav", np.zeros(SAMPLE_RATE_HZ // 4), SAMPLE_RATE_HZ)
+    soundfile.write(tmp_path / "recordings" / "short.wav", np.zeros(SAMPLE_RATE_HZ // 20), SAMPLE_RATE_HZ)
 
     (line,) = failures(run, capsys)
 
