@@ -4,8 +4,9 @@ The rules of :data:`NORMALIZER`, in this order:
 
 1. NFKC: decomposed, full-width and ligature forms become one form (Vietnamese arrives in both).
 2. Case folding; for Turkish ``I`` folds to dotless ``ı`` and ``İ`` to ``i``. NFKC again, because folding can undo it.
-3. Categories P (punctuation) and S (symbols) separate words: ``well-known`` is two words. An apostrophe between two
-   letters is the exception, it joins: ``don't``, ``don’t`` and ``dont`` are the same one word.
+3. Categories P (punctuation) and S (symbols) separate words: ``well-known`` is two words. An apostrophe
+   inside a word and before a letter is the exception, it joins: ``don't``, ``don’t`` and ``dont`` are one and the same
+   word, and so are ``90's`` and ``90s``, ``l'an`` and ``lan``; in ``5'11`` it separates.
 4. Combining marks (category M) stay: they spell the vowels of Hindi, Thai and Arabic. A mark with no letter before it
    (left behind by a dropped symbol) and variation selectors go.
 5. Invisible characters (category C, such as the zero-width non-joiner of Persian and bidirectional marks) go.

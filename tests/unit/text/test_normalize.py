@@ -47,6 +47,20 @@ def test_an_apostrophe_inside_a_word_joins_it(spelling: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("language", "text", "words"),
+    [
+        ("English", "the 90's", ["the", "90s"]),
+        ("French", "l'an", ["lan"]),
+        ("Hindi", "कि'म", ["किम"]),  # behind a vowel sign
+        ("English", "5'11", ["5", "11"]),
+        ("English", "the '90s", ["the", "90s"]),
+    ],
+)
+def test_an_apostrophe_joins_before_a_letter_only(language: str, text: str, words: list[str]) -> None:
+    assert tokens(text, language) == words
+
+
+@pytest.mark.parametrize(
     ("text", "words"), [("'tis the dogs' bone", ["tis", "the", "dogs", "bone"]), ("a ' b", ["a", "b"])]
 )
 def test_an_apostrophe_at_the_edge_of_a_word_is_punctuation(text: str, words: list[str]) -> None:
