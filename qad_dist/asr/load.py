@@ -1,5 +1,6 @@
 """Load a Qwen3-ASR checkpoint as this project uses it: frozen, with segment attention, with its prompt."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,15 @@ def count_decoder_linears(decoder: Any) -> int:
             f"got {num_linears} in all; this architecture is not supported"
         )
     return num_linears
+
+
+def state_hash(model: nn.Module) -> str:
+    """Hex sha256 over a model's whole ``state_dict`` (names, dtypes, shapes, bytes; a tied head by both its names)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_fingerprint(folder: Path) -> str:

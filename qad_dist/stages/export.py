@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from qad_dist.asr.load import AsrModel, load_model
+from qad_dist.asr.load import AsrModel, load_model, state_hash
 from qad_dist.asr.reference import load_with_qwen_asr, transcribe_with_qwen_asr
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.asr.transcribe import transcribe
@@ -30,6 +32,11 @@ log = logging.getLogger(__name__)
 
 FRESH_PROCESS_SECONDS = 3600
 MAX_RESPONSE_TOKENS = 256
+_PROGRAM = "import sys; from qad_dist.stages.export import describe_export as f; f(sys.argv[1], sys.argv[2])"
+LOGPROB_TOLERANCE = 0.05
+"""In nats. Another process may choose other kernels, whose bf16 sums round differently: up to 0.035 was seen between
+batches of other shapes of the embedded teacher. Without its quantizers half of its utterances differ by 0.13 or more.
+"""
 
 
 def run(run: RunConfig) -> None:
@@ -43,12 +50,11 @@ def run(run: RunConfig) -> None:
         raise WorldError(f"export runs as one process, got {world.world_size}; start it with `python launch/export.py`")
     require_stage(run, "train")
     begin_stage(run, "export")
-    student = _load_student(run)
     folder = export_folder(run)
     unproven = folder.with_name(f".{folder.name}.unproven.tmp")
-    save_checkpoint(student.model, unproven, base=student.folder, dtype=_dtype(run))
     try:
-        results = {**_check(run, student, unproven), "bytes": folder_bytes(unproven, suffixes=(".safetensors",))}
+        expected = _write(run, unproven)
+        results = {**_check(run, expected, unproven), "bytes": folder_bytes(unproven, suffixes=(".safetensors",))}
         publish_folder(unproven, folder)
     finally:
         shutil.rmtree(unproven, ignore_errors=True)
@@ -63,7 +69,7 @@ def verify(run: RunConfig) -> None:
     """Check an export again: its hashes, then the comparison with the student in a fresh process."""
     require_stage(run, "train")
     verify_manifest(export_folder(run))
-    _check(run, _load_student(run), export_folder(run))
+    _check(run, _answers(_load_student(run), run, _utterances(run)), export_folder(run))
 
 
 def dry_run(run: RunConfig) -> None:
@@ -80,19 +86,28 @@ def _dtype(run: RunConfig) -> str:
     return run.export.dtype or run.model.dtype
 
 
+def _write(run: RunConfig, folder: Path) -> dict[str, Any]:
+    """Write the student to ``folder``; what it answers is all that stays of it in memory."""
+    student = _load_student(run)
+    save_checkpoint(student.model, folder, base=student.folder, dtype=_dtype(run))
+    return _answers(student, run, _utterances(run))
+
+
 def _load_student(run: RunConfig) -> AsrModel:
     folder = run.stage_folder("train") / STUDENT
     verify_manifest(folder)
     enable_checkpointing()
-    student = load_model(
+    return _load(run, folder)
+
+
+def _load(run: RunConfig, folder: Path) -> AsrModel:
+    return load_model(
         folder,
         dtype=_dtype(run),
         audio_attention=run.model.audio_attention,
         device=device_for(current_world()),
         quantized=True,
     )
-    check_quantizers(student.model, num_layers=len(student.decoder.layers))
-    return student
 
 
 def _utterances(run: RunConfig) -> list[Utterance]:
@@ -104,67 +119,105 @@ def _utterances(run: RunConfig) -> list[Utterance]:
     return [candidates[i * (len(candidates) - 1) // max(1, wanted - 1)] for i in range(wanted)]
 
 
-def _check(run: RunConfig, student: AsrModel, folder: Path) -> dict[str, Any]:
-    """Load the folder in a fresh process, with qwen-asr's class and with ours, and compare with the student here."""
-    utterances = _utterances(run)
-    expected = _answers(student, run, utterances)
-    with tempfile.TemporaryDirectory() as scratch:
-        request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "run": run.model_dump(mode="json"),
-                    "folder": str(folder),
-                    "keys": [utterance.key for utterance in utterances],
-                }
-            )
-        )
-        program = "import sys; from qad_dist.stages.export import describe_export as f; f(sys.argv[1], sys.argv[2])"
-        finished = subprocess.run(
-            [sys.executable, "-c", program, str(request), str(answer)],
-            capture_output=True,
-            text=True,
-            timeout=FRESH_PROCESS_SECONDS,
-            check=False,
-        )
-        if finished.returncode:
-            last = finished.stderr.strip().splitlines()[-1:]
-            raise ModelError(f"{folder} must load in a fresh process, got: {' '.join(last)}; see the training log")
-        found = json.loads(answer.read_text())
-    expected |= {f"qwen_asr_{name}": expected[name] for name in ("quantizers", "quantizer_sha256")}
+def _check(run: RunConfig, expected: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load the folder in a fresh process, with qwen-asr's class and with ours, and compare with the student.
+
+    Args:
+        run: The run.
+        expected: The student's :func:`_answers`. The student itself is gone: the fresh process needs its memory.
+        folder: What was written.
+
+    Raises:
+        ModelError: The fresh process failed, or found other weights, quantizers or answers.
+    """
+    found = _in_fresh_process(run, folder, [key for key, *_ in expected["answers"]])
+    expected |= {f"qwen_asr_{name}": expected[name] for name in ("quantizers", "state_sha256")}
     for name in expected:
-        if found[name] != expected[name]:
-            raise ModelError(
-                f"{folder} must have the {name} of the trained student, got others in a fresh process; "
-                "export again, and report this if it stays"
-            )
+        if name != "answers" and found[name] != expected[name]:
+            raise _differs(folder, name, f"got {found[name]} for {expected[name]}")
+    for (key, ids, logprobs), (_, found_ids, found_logprobs) in zip(expected["answers"], found["answers"], strict=True):
+        if found_ids != ids:
+            raise _differs(folder, f"tokens of {key}", "got others")
+        apart = max(abs(a - b) for a, b in zip(logprobs, found_logprobs, strict=True))
+        if apart > LOGPROB_TOLERANCE:
+            raise _differs(folder, f"log-probabilities of {key}", f"got some {apart:.3g} apart")
+    count = len(expected["answers"])
     log.info(
         "event=verified path=%s quantizers=%d equal_transcripts=%d/%d qwen_asr=%r",
-        *(folder, found["quantizers"], len(utterances), len(utterances), found["qwen_asr_text"]),
+        *(folder, found["quantizers"], count, count, found["qwen_asr_text"]),
     )
     return {
         "quantizers": found["quantizers"],
         "quantizer_sha256": found["quantizer_sha256"],
-        "equal_transcripts": len(utterances),
+        "state_sha256": found["state_sha256"],
+        "equal_transcripts": count,
         "dtype": _dtype(run),
         "audio_attention": run.model.audio_attention,
     }
 
 
+def _differs(folder: Path, what: str, got: str) -> ModelError:
+    return ModelError(
+        f"{folder} must have the {what} of the trained student, {got} in a fresh process; "
+        "export again, and report this if it stays"
+    )
+
+
+def _in_fresh_process(run: RunConfig, folder: Path, keys: list[str]) -> dict[str, Any]:
+    """What :func:`describe_export` finds; its messages go to ``<run>/export/verify.log``."""
+    torch.cuda.empty_cache()  # what the student had
+    log_path = run.stage_folder("export") / "verify.log"
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        request.write_text(json.dumps({"run": run.model_dump(mode="json"), "folder": str(folder), "keys": keys}))
+        with log_path.open("wb") as log_file:
+            try:
+                finished = subprocess.run(
+                    [sys.executable, "-c", _PROGRAM, str(request), str(answer)],
+                    stdout=log_file,
+                    stderr=log_file,
+                    timeout=FRESH_PROCESS_SECONDS,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as cause:
+                raise ModelError(
+                    f"{folder} must load and answer in a fresh process within {FRESH_PROCESS_SECONDS} s, got no end; "
+                    f"see {log_path}"
+                ) from cause
+        if finished.returncode:
+            last = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            got = last[0] if last else f"exit code {finished.returncode}"
+            raise ModelError(f"{folder} must load in a fresh process, got: {got}; see {log_path}")
+        return json.loads(answer.read_text())
+
+
 def _answers(model: AsrModel, run: RunConfig, utterances: list[Utterance]) -> dict[str, Any]:
-    """What a model says, exactly: tokens and log-probabilities, and its quantizers."""
+    """What a model is and what it says: its weights and quantizers, tokens and log-probabilities.
+
+    Raises:
+        ModelError: A log-probability is no finite number.
+    """
     audios = read_many(run.stage_folder("pack"), utterances)
     hypotheses = transcribe(model, audios, max_response_tokens=MAX_RESPONSE_TOKENS)
+    for utterance, hypothesis in zip(utterances, hypotheses, strict=True):
+        if not all(map(math.isfinite, hypothesis.token_logprobs)):
+            raise ModelError(
+                f"{model.folder} must give finite log-probabilities, got some for {utterance.key} that are not; "
+                "train again from an earlier checkpoint"
+            )
     return {
         "quantizers": check_quantizers(model.model, num_layers=len(model.decoder.layers)),
         "quantizer_sha256": quantizer_hash(model.model),
-        "token_ids": [list(hypothesis.token_ids) for hypothesis in hypotheses],
-        "token_logprobs": [list(hypothesis.token_logprobs) for hypothesis in hypotheses],
+        "state_sha256": state_hash(model.model),
+        "answers": [
+            [utterance.key, list(hypothesis.token_ids), list(hypothesis.token_logprobs)]
+            for utterance, hypothesis in zip(utterances, hypotheses, strict=True)
+        ],
     }
 
 
 def describe_export(request_path: str, answer_path: str) -> None:
-    """In the fresh process: load an export as a user does, and write down what it says.
+    """In the fresh process: load an export as a user does, and write down what it is and says.
 
     Args:
         request_path: JSON with the resolved run, the export's folder and the keys of the utterances.
@@ -175,25 +228,24 @@ def describe_export(request_path: str, answer_path: str) -> None:
     by_key = {utterance.key: utterance for utterance in read_utterances(run.stage_folder("pack"))}
     utterances = [by_key[key] for key in request["keys"]]
     enable_checkpointing()
+    longest = read_audio(run.stage_folder("pack"), utterances[-1])
+    theirs = _described_by_qwen_asr(run, folder, longest)
+    answers = {**_answers(_load(run, folder), run, utterances), **theirs}
+    Path(answer_path).write_text(json.dumps(answers))
+
+
+def _described_by_qwen_asr(run: RunConfig, folder: Path, audio_A: np.ndarray) -> dict[str, Any]:
     user_model = load_with_qwen_asr(
         folder,
         dtype=getattr(torch, _dtype(run)),
         device=device_for(current_world()),
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
-    longest = read_audio(run.stage_folder("pack"), utterances[-1])
-    text, _ = transcribe_with_qwen_asr(user_model, longest)
-    model = load_model(
-        folder,
-        dtype=_dtype(run),
-        audio_attention=run.model.audio_attention,
-        device=device_for(current_world()),
-        quantized=True,
-    )
-    answers = {
-        **_answers(model, run, utterances),
+    text, _ = transcribe_with_qwen_asr(user_model, audio_A)
+    return {
         "qwen_asr_text": text,
-        "qwen_asr_quantizers": check_quantizers(user_model.model, num_layers=len(model.decoder.layers)),
-        "qwen_asr_quantizer_sha256": quantizer_hash(user_model.model),
+        "qwen_asr_quantizers": check_quantizers(
+            user_model.model, num_layers=len(user_model.model.thinker.model.layers)
+        ),
+        "qwen_asr_state_sha256": state_hash(user_model.model),
     }
-    Path(answer_path).write_text(json.dumps(answers))
