@@ -1,12 +1,16 @@
 """Checkpoints: written aside, hashed, published by rename, pruned afterwards; verified before anything is unpickled.
 
 ``<run>/train/step-000123/`` holds the engine's files, ``state.json`` and ``manifest.json``. A folder without its
-manifest does not count. Failures on one rank are raised on every rank.
+manifest does not count. ``<run>/train/best/`` holds the student that was nearest to the teacher.
+
+What rank 0 reads, publishes or removes fails on every rank. A rank that cannot write its own part fails alone: the
+others wait for it inside the engine, out of reach, until its launcher ends them.
 """
 
 import logging
+import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -20,13 +24,13 @@ from shards.storage import (
     atomic_folder,
     publish_folder,
     read_json,
-    settle_interrupted,
     verify_manifest,
     write_json,
 )
 
 log = logging.getLogger(__name__)
 
+BEST = "best"
 STATE = "state.json"
 WEIGHTS = "decoder.safetensors"
 
@@ -38,7 +42,7 @@ class TrainingState:
     step: int
     """Updates done; also the position in the data."""
     best_step: int
-    """Step of the best evaluation so far; 0 is the student before training."""
+    """Step of the best evaluation so far; 0 is the student before training, -1 none yet."""
     best_kl: float
     """Its KL per token on the held-out set."""
     world_size: int
@@ -64,8 +68,7 @@ class Checkpoints:
         """Write and publish a checkpoint; all ranks together.
 
         Raises:
-            StageError: On the rank that could not write; it ends, and its launcher ends the others, who wait for it in
-                the engine. What rank 0 cannot publish is raised on every rank.
+            StageError: On the rank that could not write its part; on every rank when rank 0 cannot publish.
         """
         final = self._folder / f"step-{state.step:06d}"
         temporary = final.with_name(f".{final.name}.tmp")
@@ -86,12 +89,12 @@ class Checkpoints:
         publish_folder(temporary, final)
         complete = self.complete()
         for old in complete[: -self._keep]:
-            if old != self._resumed_from:
+            if old.resolve() != self._resumed_from:
                 shutil.rmtree(old)
 
     def complete(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(path.parent for path in self._folder.glob(f"step-*/{MANIFEST}"))
+        return [path for path in self._numbered() if (path / MANIFEST).is_file()]
 
     def choose(self, resume: str) -> Path | None:
         """The checkpoint that ``train.resume`` names: ``auto``, ``none`` or a path.
@@ -122,8 +125,36 @@ class Checkpoints:
         state = run_on_main(lambda: _verified_state(path, expected))
         engine.load(path)
         barrier()
-        self._resumed_from = path
+        self._resumed_from = path.resolve()
         return state
+
+    def make_agree(self, state: TrainingState, *, is_sent_back: bool) -> TrainingState:
+        """Remove what does not belong to the state that training goes on from, once it has loaded; rank 0 only.
+
+        Args:
+            state: As loaded, or of step 0.
+            is_sent_back: Whether ``train.resume`` said where: then all later checkpoints go, else pruning and ``auto``
+                would take them for the newest. Otherwise a best student of a later step may stay: training was killed
+                before it came to that checkpoint, and will come there again.
+
+        Returns:
+            The state; without a best step where its best student is not on disk any more.
+        """
+        best = self._folder / BEST
+        step = read_json(best / STATE)["step"] if best.is_dir() else -1
+        if step != state.best_step and (is_sent_back or step <= state.step):
+            state = replace(state, best_step=-1, best_kl=math.inf)
+            if best.is_dir():
+                shutil.rmtree(best)
+        if is_sent_back:
+            for path in self._numbered():
+                if _step_of(path) > state.step:
+                    shutil.rmtree(path)
+        return state
+
+    def _numbered(self) -> list[Path]:
+        folders = (path for path in self._folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted(folders, key=_step_of)
 
 
 def save_best(folder: Path, weights: dict[str, Tensor], *, step: int, kl_per_token: float) -> None:
@@ -139,12 +170,8 @@ def load_best(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def remove_unfinished(folder: Path, *, checkpoints_too: bool) -> None:
-    """Settle what interrupted writes left behind (and remove all checkpoints, for a new start); one rank only."""
-    settle_interrupted(folder)
-    if checkpoints_too:
-        for path in folder.glob("step-*"):
-            shutil.rmtree(path)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fresh_folder(folder: Path) -> None:

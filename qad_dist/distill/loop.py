@@ -71,8 +71,8 @@ def train(
         NonFiniteError: On every rank, when a loss, a gradient or a held-out value is no number; no update is made of
             it, and nothing of it is written or kept.
     """
-    if state.step == 0:
-        state = _evaluate(state, hooks)
+    if state.best_step < 0:  # new, or resumed where the best student is gone: then its line is there already
+        state = _evaluate(state, hooks, write=state.step == 0)
     window = _Window(models.device)
     while state.step < settings.steps:
         step = state.step
@@ -144,7 +144,7 @@ def accumulate_gradient(
     return is_finite
 
 
-def _evaluate(state: TrainingState, hooks: Hooks) -> TrainingState:
+def _evaluate(state: TrainingState, hooks: Hooks, *, write: bool = True) -> TrainingState:
     evaluation = hooks.evaluate()
     values = evaluation.as_metrics("heldout_")
     for name, value in values.items():
@@ -153,7 +153,8 @@ def _evaluate(state: TrainingState, hooks: Hooks) -> TrainingState:
             error = NonFiniteError(f"{name} of step {state.step} must be finite, got {value}; {remedy}")
             error.is_shared = True  # every rank has the sums of all
             raise error
-    hooks.write(state.step, values)
+    if write:
+        hooks.write(state.step, values)
     is_best = state.best_step < 0 or evaluation.kl_per_token < state.best_kl
     log.info(
         "event=evaluate step=%d heldout_kl=%.6f agreement=%.4f best=%s",

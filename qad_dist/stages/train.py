@@ -15,11 +15,11 @@ from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
 from qad_dist.distill.checkpoint import (
+    BEST,
     STATE,
     Checkpoints,
     TrainingState,
     load_best,
-    remove_unfinished,
     save_best,
 )
 from qad_dist.distill.evaluate import Evaluation, evaluate
@@ -31,19 +31,18 @@ from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_by
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.record import DONE, STUDENT, WITHOUT_EFFECT, begin_stage, finish_stage, require_stage
-from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
+from qad_dist.runtime.world import World, check_enough_work, check_micro_batches, device_for, joined_world
 from qad_dist.runtime.zero import read_deepspeed_settings
 from qad_dist.text.accept import verdict
 from shards.errors import CheckpointError, ModelError
 from shards.labelled import read_labelled
 from shards.plan import Plan, plan_epoch, share_of_rank
 from shards.schema import HELDOUT, TRAIN
-from shards.storage import fingerprint, read_json, verify_manifest
+from shards.storage import fingerprint, read_json, settle_interrupted, verify_manifest
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 1800
-BEST = "best"
 
 
 def run(run: RunConfig) -> None:
@@ -54,6 +53,7 @@ def run(run: RunConfig) -> None:
     """
     settings = read_deepspeed_settings(run.train.deepspeed)
     with joined_world(TIMEOUT_SECONDS) as world:
+        check_micro_batches(world, run.train.micro_batches_per_step)
         quantized = require_stage(run, "quantize")
         run_on_main(lambda: verify_manifest(run.stage_folder("quantize") / STUDENT))
         # Models first: under ZeRO-3 every from_pretrained after the engine's plugin exists would be partitioned.
@@ -227,10 +227,11 @@ def _distil(
         micro_batches_per_step=run.train.micro_batches_per_step,
     )
     checkpoints = Checkpoints(folder, keep=run.train.keep_checkpoints)
+    run_on_main(lambda: settle_interrupted(folder))  # a checkpoint may have no name but its retired one
     if path := run_on_main(lambda: checkpoints.choose(run.train.resume)):
         state = checkpoints.load(engine, path, expected=state)
         log.info("event=resumed step=%d path=%s", state.step, path)
-    run_on_main(lambda: _begin(run, folder))
+    state = run_on_main(lambda: _begin(run, checkpoints, state))
     log.info(
         "event=engine type=%s zero_stage=%d ranks=%d trained_weights=%d",
         *(engine.distributed_type, engine.stage, world.world_size, _num_trained(student)),
@@ -256,10 +257,10 @@ def _distil(
     return train(engine, models, batches, run.train, state=state, checkpoints=checkpoints, hooks=hooks)
 
 
-def _begin(run: RunConfig, folder: Path) -> None:
-    """Take back the stage's record, now that nothing stands against training on."""
+def _begin(run: RunConfig, checkpoints: Checkpoints, state: TrainingState) -> TrainingState:
+    """Take back the stage's record and what training will replace, now that nothing stands against it."""
     begin_stage(run, "train")
-    remove_unfinished(folder, checkpoints_too=run.train.resume == "none")
+    return checkpoints.make_agree(state, is_sent_back=run.train.resume != "auto")
 
 
 def heldout_batches(heldout: LabelledSet, run: RunConfig, world: World) -> Iterator[tuple[int, Batch]]:

@@ -5,6 +5,7 @@ The engine is a small real one (a Linear whose weights go through ``torch.save``
 
 import errno
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -19,7 +20,6 @@ from qad_dist.distill.checkpoint import (
     Checkpoints,
     TrainingState,
     load_best,
-    remove_unfinished,
     save_best,
 )
 from shards.errors import CheckpointError, ShardError, StageError
@@ -103,6 +103,81 @@ def test_pruning_never_takes_the_checkpoint_that_was_resumed_from(tmp_path: Path
     save_steps(resumed, 60, 80, 100)
 
     assert names(tmp_path) == ["step-000020", "step-000080", "step-000100"]
+
+
+def test_checkpoint_that_was_resumed_from_is_known_by_any_of_its_names(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    resumed = Checkpoints(Path("run"), keep=1)
+    save_steps(resumed, 20)
+    resumed.load(LinearEngine(), tmp_path / "link" / "step-000020", expected=state_at(0))  # type: ignore[arg-type]
+
+    save_steps(resumed, 40, 60)
+
+    assert names(tmp_path / "run") == ["step-000020", "step-000060"]
+
+
+def save_best_of(folder: Path, step: int) -> None:
+    save_best(folder / "best", {"layers.0.weight": torch.full((2,), float(step))}, step=step, kl_per_token=0.25)
+
+
+def test_checkpoints_after_the_one_that_training_is_sent_back_to_are_forgotten(tmp_path: Path) -> None:
+    save_steps(Checkpoints(tmp_path, keep=3), 20, 40, 60)
+    (tmp_path / "step-000060.mine").mkdir()  # a user's copy
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = checkpoints.load(LinearEngine(), tmp_path / "step-000040", expected=state_at(0))  # type: ignore[arg-type]
+
+    checkpoints.make_agree(state, is_sent_back=True)
+    save_steps(checkpoints, 45, 50, 55)
+
+    assert names(tmp_path) == ["step-000040", "step-000050", "step-000055", "step-000060.mine"]
+    assert checkpoints.choose("auto") == tmp_path / "step-000055"
+
+
+def test_new_start_forgets_all_checkpoints_and_the_best(tmp_path: Path) -> None:
+    save_steps(Checkpoints(tmp_path, keep=2), 20, 40)
+    save_best_of(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").write_text("")
+    new = state_at(0, best_step=-1, best_kl=math.inf)
+
+    assert Checkpoints(tmp_path, keep=2).make_agree(new, is_sent_back=True) == new
+    assert names(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("on_disk", [20, 60, None])
+def test_training_that_is_sent_back_keeps_only_the_best_that_its_checkpoint_knows(tmp_path: Path, on_disk) -> None:
+    state = state_at(40, best_step=20)
+    if on_disk is not None:
+        save_best_of(tmp_path, on_disk)
+
+    agreed = Checkpoints(tmp_path, keep=2).make_agree(state, is_sent_back=True)
+
+    if on_disk == 20:
+        assert agreed == state
+        assert names(tmp_path) == ["best"]
+    else:
+        assert agreed == state_at(40, best_step=-1, best_kl=math.inf)
+        assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "is_kept", "best_step"),
+    [
+        pytest.param(20, True, 20, id="the state's"),
+        pytest.param(60, True, 20, id="of a step that training will come to again"),
+        pytest.param(40, False, -1, id="evaluated anew when training was sent back, then killed"),
+        pytest.param(None, False, -1, id="gone"),
+    ],
+)
+def test_training_that_goes_on_keeps_a_best_that_it_will_reach_again(tmp_path: Path, on_disk, is_kept, best_step):
+    save_steps(Checkpoints(tmp_path, keep=2), 40)
+    if on_disk is not None:
+        save_best_of(tmp_path, on_disk)
+
+    agreed = Checkpoints(tmp_path, keep=2).make_agree(state_at(40, best_step=20), is_sent_back=False)
+
+    assert agreed.best_step == best_step
+    assert names(tmp_path) == (["best"] if is_kept else []) + ["step-000040"]
 
 
 def test_complete_lists_published_checkpoints_oldest_first(tmp_path: Path) -> None:
@@ -270,19 +345,3 @@ def test_damaged_best_weights_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"decoder\.safetensors must have sha256"):
         load_best(tmp_path / "best")
-
-
-@pytest.mark.parametrize(
-    ("checkpoints_too", "left"), [(False, ["best", "metrics.jsonl", "step-000020"]), (True, ["best", "metrics.jsonl"])]
-)
-def test_remove_unfinished_takes_leftovers_and_on_a_new_start_all_checkpoints(
-    tmp_path: Path, checkpoints_too: bool, left: list[str]
-) -> None:
-    save_steps(Checkpoints(tmp_path, keep=2), 20)
-    for name in (".step-000040.tmp", ".best.1234abcd.tmp", ".step-000020.1234abcd.old", "best"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "metrics.jsonl").write_text("")
-
-    remove_unfinished(tmp_path, checkpoints_too=checkpoints_too)
-
-    assert names(tmp_path) == left

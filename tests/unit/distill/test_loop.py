@@ -255,6 +255,18 @@ def test_resumed_training_goes_on_with_the_next_step_and_remembers_the_best(run_
     assert resumed == whole
 
 
+def test_resumed_training_without_its_best_student_is_evaluated_at_once_and_writes_no_second_line(
+    run_loop, start
+) -> None:
+    recorder = Recorder(0.7, 0.8)
+
+    state, _ = run_loop(recorder, replace(start, step=2), settings(evaluate_every=2, log_every=4))
+
+    assert recorder.best == [2]
+    assert (state.best_step, state.best_kl) == (2, 0.7)
+    assert [step for step, values in recorder.lines if "heldout_kl_per_token" in values] == [4]
+
+
 def test_logged_values_are_means_over_the_tokens_since_the_last_line(run_loop, start, models, student) -> None:
     """With a rate of nearly 0 the student stands still: what is logged can be computed afterwards."""
     batches = [batch_of(3, seed=0), batch_of(8, seed=1), batch_of(5, seed=2)]
