@@ -59,21 +59,6 @@ def write_labels(path: Path, header: LabelHeader, labels: Sequence[PseudoLabel])
         file.write(body)
 
 
-def read_header(path: Path) -> LabelHeader | None:
-    """The header alone, without looking at the labels; None if there is no such file.
-
-    Raises:
-        ShardError: The file is there and does not begin with a header.
-    """
-    try:
-        with path.open("rb") as file:
-            return _header(path, file.readline())[0]
-    except FileNotFoundError:
-        return None
-    except OSError as cause:
-        raise ShardError(f"{path} must be a label file, got {cause.strerror!r}; {_REMEDY}") from cause
-
-
 def read_labels(path: Path) -> tuple[LabelHeader, list[PseudoLabel]]:
     """A whole label file, checked against the count and the hash in its header.
 

@@ -1,7 +1,8 @@
 """Reading utterances by offset: no scan of the tar, and no utterance taken for another."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +42,22 @@ def read_many(folder: Path, utterances: Sequence[Utterance]) -> list[Samples]:
         except OSError as cause:
             raise ShardError(f"{path} must be readable, got {cause.strerror!r}; pack again or mend the disk") from cause
     return [samples[number] for number in range(len(utterances))]
+
+
+def read_ahead(folder: Path, batches: Iterable[Sequence[Utterance]]) -> Iterator[list[Samples]]:
+    """The samples of one batch after the other; those of the next are read while the present ones are in use.
+
+    Raises:
+        ShardError: As :func:`read_audio`, with the batch that it is about.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        pending: Future[list[Samples]] | None = None
+        for batch in batches:
+            present, pending = pending, reader.submit(read_many, folder, batch)
+            if present is not None:
+                yield present.result()
+        if pending is not None:
+            yield pending.result()
 
 
 def _read(file: BinaryIO, path: Path, utterance: Utterance) -> Samples:

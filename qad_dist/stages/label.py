@@ -1,8 +1,10 @@
 """label: the teacher decodes every shard, each rank its own; a missing label file is work to do."""
 
 import logging
+import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,13 +13,13 @@ from qad_dist.asr.load import AsrModel, load_teacher, model_fingerprint
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
 from qad_dist.runtime.collectives import barrier, run_on_main
-from qad_dist.runtime.record import begin_stage, finish_stage, require_stage
+from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
 from shards.errors import ShardError
 from shards.index import ShardEntry, read_index, read_utterances
-from shards.labels import LabelHeader, label_path, read_header, read_labels, write_labels
+from shards.labels import LabelHeader, label_path, read_labels, write_labels
 from shards.plan import plan_decoding
-from shards.read import read_many
+from shards.read import read_ahead
 from shards.schema import ENDED_BY_LENGTH, PseudoLabel, Utterance
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ FINISH_LINE_SECONDS = 7 * 24 * 3600
 
 
 def run(run: RunConfig) -> None:
-    """Label all shards of ``label.splits``.
+    """Label all shards of ``label.splits``; does nothing if that was done with this config already.
 
     Raises:
         QadError: The packed shards are missing or damaged, or the teacher cannot be loaded.
@@ -35,9 +37,12 @@ def run(run: RunConfig) -> None:
     with joined_world(FINISH_LINE_SECONDS) as world:
         require_stage(run, "pack")
         by_shard = _utterances_by_shard(run)
+        if run_on_main(lambda: _is_done(run, by_shard)):
+            log.info("event=skipped stage=label reason=finished folder=%s", run.stage_folder("label"))
+            return
         _check_world(world, by_shard)
-        run_on_main(lambda: begin_stage(run, "label"))
         teacher = load_teacher(run.model, device_for(world))
+        run_on_main(lambda: begin_stage(run, "label"))
         fingerprint = model_fingerprint(teacher.folder)
         _label_own_shards(run, teacher, fingerprint, by_shard, world)
         barrier()
@@ -50,16 +55,7 @@ def verify(run: RunConfig) -> None:
     Raises:
         ShardError: Names the first label file that is missing, damaged, stale or incomplete.
     """
-    hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
-    num_labels = 0
-    for shard, utterances in _utterances_by_shard(run).items():
-        path = label_path(run.stage_folder("label"), shard)
-        header, labels = read_labels(path)
-        if header.shard_sha256 != hashes[shard]:
-            raise ShardError(f"{path} must label the shard that is in the index, got another one; label again")
-        if [label.key for label in labels] != [utterance.key for utterance in utterances]:
-            raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
-        num_labels += len(labels)
+    num_labels = sum(len(labels) for labels in _checked_labels(run, _utterances_by_shard(run)))
     log.info("event=verified labels=%d", num_labels)
 
 
@@ -71,11 +67,16 @@ def dry_run(run: RunConfig) -> None:
     log.info("event=dry_run stage=label shards=%d finished=%d hours=%.2f", len(by_shard), done, hours)
 
 
+def _is_done(run: RunConfig, by_shard: dict[str, list[Utterance]]) -> bool:
+    """Whether the stage is finished and nobody has deleted a label file since, which is how to ask for it again."""
+    folder = run.stage_folder("label")
+    return is_finished(run, "label") and all(label_path(folder, shard).is_file() for shard in by_shard)
+
+
 def _utterances_by_shard(run: RunConfig) -> dict[str, list[Utterance]]:
     by_shard: dict[str, list[Utterance]] = {}
-    for utterance in read_utterances(run.stage_folder("pack")):
-        if utterance.split in run.label.splits:
-            by_shard.setdefault(utterance.shard, []).append(utterance)
+    for utterance in read_utterances(run.stage_folder("pack"), splits=run.label.splits):
+        by_shard.setdefault(utterance.shard, []).append(utterance)
     if not by_shard:
         raise ShardError(f"label.splits must name splits that were packed, got {run.label.splits}; see `pack.py stats`")
     return by_shard
@@ -101,7 +102,7 @@ def _label_own_shards(
     for entry in tqdm(own, desc="label", unit="shard", disable=None if world.is_main else True):
         path = label_path(run.stage_folder("label"), entry.name)
         header = _header(run, entry, fingerprint)
-        if path.is_file() and read_header(path) == header:
+        if _is_labelled(path, header):
             log.info("event=skipped shard=%s reason=labelled", entry.name)
             continue
         labels = _label_shard(run, teacher, by_shard[entry.name])
@@ -116,13 +117,24 @@ def _label_own_shards(
         )
 
 
+def _is_labelled(path: Path, header: LabelHeader) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        return read_labels(path)[0] == header
+    except ShardError as damage:
+        log.warning("event=damaged error=%r; its shard is labelled again", str(damage))
+        return False
+
+
 def _label_shard(run: RunConfig, teacher: AsrModel, utterances: list[Utterance]) -> list[PseudoLabel]:
     """Labels of one shard, in its order. What is in a batch depends on shard and settings only."""
     labels: dict[int, PseudoLabel] = {}
     durations = [utterance.duration_seconds for utterance in utterances]
-    for indices in plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds):
-        chosen = [utterances[i] for i in indices]
-        audios = read_many(run.stage_folder("pack"), chosen)
+    plan = plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds)
+    batches = [[utterances[i] for i in indices] for indices in plan]
+    audio = read_ahead(run.stage_folder("pack"), batches)
+    for indices, chosen, audios in zip(plan, batches, audio, strict=True):
         hypotheses = transcribe(teacher, audios, max_response_tokens=run.label.max_response_tokens)
         for index, utterance, hypothesis in zip(indices, chosen, hypotheses, strict=True):
             labels[index] = PseudoLabel(
@@ -149,23 +161,38 @@ def _header(run: RunConfig, entry: ShardEntry, fingerprint: str) -> LabelHeader:
     return LabelHeader(shard=entry.name, shard_sha256=entry.sha256, teacher=fingerprint, settings=settings)
 
 
+def _checked_labels(run: RunConfig, by_shard: dict[str, list[Utterance]]) -> Iterator[list[PseudoLabel]]:
+    """The labels of one shard after the other, each held against the index."""
+    hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
+    for shard, utterances in by_shard.items():
+        path = label_path(run.stage_folder("label"), shard)
+        header, labels = read_labels(path)
+        if header.shard_sha256 != hashes[shard]:
+            raise ShardError(f"{path} must label the shard that is in the index, got another one; label again")
+        if [label.key for label in labels] != [utterance.key for utterance in utterances]:
+            raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
+        yield labels
+
+
 def _summary(run: RunConfig, by_shard: dict[str, list[Utterance]], fingerprint: str) -> dict[str, object]:
-    verify(run)
-    folder: Path = run.stage_folder("label")
-    labels = [label for shard in by_shard for label in read_labels(label_path(folder, shard))[1]]
-    runaway = sum(label.ended_by == ENDED_BY_LENGTH for label in labels)
-    tokens = sum(len(label.token_ids) for label in labels)
-    languages = Counter(label.language or "None" for label in labels)
-    seconds = sum(label.duration_seconds for label in labels)
+    num_labels = num_tokens = num_runaway = 0
+    seconds = 0.0
+    languages: Counter[str] = Counter()
+    for labels in _checked_labels(run, by_shard):
+        num_labels += len(labels)
+        num_tokens += sum(len(label.token_ids) for label in labels)
+        num_runaway += sum(label.ended_by == ENDED_BY_LENGTH for label in labels)
+        seconds += math.fsum(label.duration_seconds for label in labels)
+        languages.update(label.language or "None" for label in labels)
     log.info(
         "event=finished stage=label utterances=%d audio_hours=%.3f tokens=%d runaway=%d languages=%d",
-        *(len(labels), seconds / 3600, tokens, runaway, len(languages)),
+        *(num_labels, seconds / 3600, num_tokens, num_runaway, len(languages)),
     )
     return {
         "teacher": fingerprint,
-        "utterances": len(labels),
+        "utterances": num_labels,
         "audio_hours": seconds / 3600,
-        "response_tokens": tokens,
-        "runaway": runaway,
+        "response_tokens": num_tokens,
+        "runaway": num_runaway,
         "utterances_by_language": dict(sorted(languages.items())),
     }

@@ -11,7 +11,7 @@ import pytest
 
 from shards.errors import NonFiniteError, ShardError, StageError
 from shards.index import INDEX, read_index, read_utterances, verify
-from shards.labels import LabelHeader, read_header, read_labels, write_labels
+from shards.labels import LabelHeader, read_labels, write_labels
 from shards.read import read_audio, read_many
 from shards.schema import PseudoLabel, Recording
 from tests.helpers.packing import hashes_of, pack_tones
@@ -144,7 +144,6 @@ def test_a_label_file_cut_between_two_labels_says_how_many_are_there(label_file)
 def test_a_changed_label_is_refused_though_the_header_is_good(label_file):
     label_file.write_bytes(label_file.read_bytes().replace(b'"one"', b'"two"', 1))
 
-    assert read_header(label_file) is not None
     with pytest.raises(ShardError, match="must have the hash in its header"):
         read_labels(label_file)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import ShardError
-from shards.labels import LabelHeader, label_path, read_header, read_labels, write_labels
+from shards.labels import LabelHeader, label_path, read_labels, write_labels
 from shards.schema import PseudoLabel
 
 HEADER = LabelHeader(shard="train-000001.tar", shard_sha256="ab" * 32, teacher="cd" * 32, settings={"b": 1, "a": [2.5]})
@@ -31,7 +31,6 @@ def test_labels_come_back_exactly(tmp_path):
 
     assert path == tmp_path / "train-000001.jsonl"
     assert read_labels(path) == (HEADER, LABELS)
-    assert read_header(path) == HEADER
 
 
 def test_equal_labels_give_equal_bytes_with_sorted_names(tmp_path):
@@ -50,8 +49,7 @@ def test_a_shard_without_utterances_has_a_file_with_a_header(tmp_path):
     assert read_labels(tmp_path / "a.jsonl") == (HEADER, [])
 
 
-def test_a_missing_file_has_no_header_and_cannot_be_read(tmp_path):
-    assert read_header(tmp_path / "none.jsonl") is None
+def test_a_missing_file_cannot_be_read(tmp_path):
     with pytest.raises(ShardError, match=r"none\.jsonl must be readable.*run the label stage"):
         read_labels(tmp_path / "none.jsonl")
 
@@ -61,11 +59,11 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, first):
     (tmp_path / "a.jsonl").write_bytes(first)
 
     with pytest.raises(ShardError, match=r"a\.jsonl must begin with a header"):
-        read_header(tmp_path / "a.jsonl")
+        read_labels(tmp_path / "a.jsonl")
 
 
 def test_a_header_of_another_version_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"version": 2}\n')
 
     with pytest.raises(ShardError, match=r"must be of version 1, got 2"):
-        read_header(tmp_path / "a.jsonl")
+        read_labels(tmp_path / "a.jsonl")
