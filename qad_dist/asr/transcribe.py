@@ -52,9 +52,9 @@ def transcribe(model: AsrModel, audios: Sequence[np.ndarray], *, max_response_to
     running_B = torch.arange(len(audios), device=model.device)
     token_ids: list[list[int]] = [[] for _ in audios]
     logprobs: list[list[float]] = [[] for _ in audios]
-    head_DV = model.head_weight_VD.float().T  # once: of the real model it is 0.6 GB
+    head_DV = _head(model)
     for _ in range(max_response_tokens):
-        logits_BV = hidden_BTD[:, -1].float() @ head_DV
+        logits_BV = _logits(hidden_BTD[:, -1], head_DV)
         best_B = logits_BV.argmax(-1)
         logprob_B = logits_BV.gather(1, best_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
         for utterance, token, logprob in zip(running_B.tolist(), best_B.tolist(), logprob_B.tolist(), strict=True):
@@ -72,6 +72,19 @@ def transcribe(model: AsrModel, audios: Sequence[np.ndarray], *, max_response_to
         hidden_BTD = _decode(model, embeddings_B1D, mask_BT, position_B[:, None], cache)
         position_B = position_B + 1
     return [_hypothesis(model, ids, values) for ids, values in zip(token_ids, logprobs, strict=True)]
+
+
+def _head(model: AsrModel) -> Tensor:
+    """The LM head for :func:`_logits`: itself where a product of its dtype can end in float32, else a float32 copy."""
+    weight_VD = model.head_weight_VD
+    return (weight_VD if weight_VD.is_cuda else weight_VD.float()).T
+
+
+def _logits(hidden_BD: Tensor, head_DV: Tensor) -> Tensor:
+    """Float32 logits ``[B, V]``: rounded to bf16, the two best tokens are often equal."""
+    if hidden_BD.is_cuda and head_DV.dtype != torch.float32:
+        return torch.mm(hidden_BD, head_DV, out_dtype=torch.float32)
+    return hidden_BD.float() @ head_DV
 
 
 def _embed_prompts(model: AsrModel, audios: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
