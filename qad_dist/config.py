@@ -136,6 +136,8 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the newest may be the one that a kill interrupts, so at least 2."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines in ``metrics.jsonl``."""
+    reader_threads: int = Field(default=4, ge=1)
+    """Threads of each rank that read and transform audio for the next step; more of them, if a GPU waits for data."""
     resume: str = "auto"
     """``auto``: the newest complete checkpoint, if any; ``none``: from the start, deleting them all; or a folder."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []

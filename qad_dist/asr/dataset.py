@@ -3,8 +3,11 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qad_dist.asr.collate import Example, collate, num_packed_tokens
 from qad_dist.asr.prompt import Prompt
@@ -18,7 +21,9 @@ from shards.read import read_audio
 class LabelledSet:
     """Utterances with their pseudo-labels: lengths without touching the audio, batches on demand."""
 
-    def __init__(self, rows: Sequence[LabelledUtterance], *, folder: Path, prompt: Prompt, extractor: Any) -> None:
+    def __init__(
+        self, rows: Sequence[LabelledUtterance], *, folder: Path, prompt: Prompt, extractor: Any, threads: int = 1
+    ) -> None:
         """Take the table.
 
         Args:
@@ -26,6 +31,7 @@ class LabelledSet:
             folder: Of the shards.
             prompt: The model's.
             extractor: The model's.
+            threads: How many utterances are read and transformed at a time; batches do not depend on it.
         """
         self.rows = list(rows)
         self.num_tokens = [
@@ -35,6 +41,8 @@ class LabelledSet:
             for utterance, response in self.rows
         ]
         self._folder, self._prompt, self._extractor = folder, prompt, extractor
+        # Threads suffice: decoding FLAC and the Fourier transform let go of the interpreter.
+        self._readers = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="readers")
 
     def num_rows(self, indices: Sequence[int]) -> int:
         """Response tokens of these utterances."""
@@ -54,15 +62,33 @@ class LabelledSet:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read, transform and pack these utterances."""
-        examples = [
-            Example(
-                key=utterance.key,
-                audio_A=read_audio(self._folder, utterance),
-                response_ids=response.token_ids.tolist(),
-            )
-            for utterance, response in (self.rows[i] for i in indices)
-        ]
-        return collate(examples, prompt=self._prompt, extractor=self._extractor)
+        return _join(list(self._readers.map(self._batch_of_one, indices)))
+
+    def _batch_of_one(self, index: int) -> Batch:
+        utterance, response = self.rows[index]
+        audio_A = read_audio(self._folder, utterance)
+        example = Example(key=utterance.key, audio_A=audio_A, response_ids=response.token_ids.tolist())
+        return collate([example], prompt=self._prompt, extractor=self._extractor)
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    """Batches of one utterance packed one behind the other: what collating all of them at once gives."""
+    starts = [0, *accumulate(batch.num_tokens for batch in batches)]
+    moved = list(zip(batches, starts, strict=False))
+    return Batch(
+        keys=tuple(key for batch in batches for key in batch.keys),
+        input_ids_N=torch.cat([batch.input_ids_N for batch in batches]),
+        position_ids_N=torch.cat([batch.position_ids_N for batch in batches]),
+        cu_seqlens_U1=torch.tensor(starts, dtype=torch.int32),
+        audio_positions_P=torch.cat([batch.audio_positions_P + start for batch, start in moved]),
+        mel_MF=torch.cat([batch.mel_MF for batch in batches], dim=1),
+        mel_lengths_U=torch.cat([batch.mel_lengths_U for batch in batches]),
+        rows_R=torch.cat([batch.rows_R + start for batch, start in moved]),
+        targets_R=torch.cat([batch.targets_R for batch in batches]),
+        kl_weight_R=torch.cat([batch.kl_weight_R for batch in batches]),
+        ce_weight_R=torch.cat([batch.ce_weight_R for batch in batches]),
+        weighted_rows=sum(batch.weighted_rows for batch in batches),
+    )
 
 
 class PlannedBatches:

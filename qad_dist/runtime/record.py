@@ -35,7 +35,7 @@ READS = {
 
 WITHOUT_EFFECT = {
     "pack": {"processes", "max_rejected_share"},
-    "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
+    "train": {"resume", "trackers", "log_every", "reader_threads", "checkpoint_every", "keep_checkpoints"},
 }
 """Settings that change how fast, loud or strict a stage is, not what it makes when it succeeds."""
 

@@ -176,7 +176,13 @@ def _labelled_sets(run: RunConfig, teacher: AsrModel) -> tuple[LabelledSet, Labe
         if split == HELDOUT:  # at equal distances: all languages and shards stay in
             stride = math.ceil(len(rows) / run.train.evaluate_utterances)
             rows = rows[::stride]
-        dataset = LabelledSet(rows, folder=run.stage_folder("pack"), prompt=teacher.prompt, extractor=teacher.extractor)
+        dataset = LabelledSet(
+            rows,
+            folder=run.stage_folder("pack"),
+            prompt=teacher.prompt,
+            extractor=teacher.extractor,
+            threads=run.train.reader_threads,
+        )
         log.info(
             "event=dataset split=%s utterances=%d audio_hours=%.3f tokens=%d dropped=%s",
             *(split, len(rows), dataset.audio_seconds(range(len(rows))) / 3600, sum(dataset.num_tokens)),

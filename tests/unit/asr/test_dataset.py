@@ -1,20 +1,24 @@
 """Labelled sets and the batches of a plan: lengths known beforehand, every rank its share."""
 
+import threading
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from qad_dist.asr.collate import Example, collate
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.mel import log_mel
+from qad_dist.batch import Batch
 from qad_dist.runtime.world import World
 from shards.index import read_utterances
 from shards.labelled import LabelledUtterance, Response
 from shards.plan import Plan, plan_epoch
 from shards.read import read_audio
-from shards.schema import Recording
+from shards.schema import Recording, Utterance
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import write_tone
 
@@ -103,6 +107,44 @@ def test_fingerprint_is_of_keys_and_responses_in_their_order(
     }
     assert len(others | {base}) == 6
     assert fingerprint((first, one), (second, Response(two.token_ids.copy(), None))) == base
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_any_number_of_threads_packs_what_collating_all_at_once_gives(
+    dataset: LabelledSet, packed: Path, nano: AsrModel, threads: int
+) -> None:
+    indices = [5, 1, 17, 3, 0, 18, 9, 2, 11]
+    examples = [
+        Example(key=utterance.key, audio_A=read_audio(packed, utterance), response_ids=response.token_ids.tolist())
+        for utterance, response in (dataset.rows[i] for i in indices)
+    ]
+    expected = collate(examples, prompt=nano.prompt, extractor=nano.extractor)
+    threaded = LabelledSet(dataset.rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor, threads=threads)
+
+    for chosen, whole in ((indices, expected), (indices[:1], dataset.batch(indices[:1]))):
+        batch = threaded.batch(chosen)
+        for field in fields(Batch):
+            found, wanted = getattr(batch, field.name), getattr(whole, field.name)
+            if isinstance(wanted, torch.Tensor):
+                assert (found.dtype, found.shape, found.device) == (wanted.dtype, wanted.shape, wanted.device)
+                assert found.numpy().tobytes() == wanted.numpy().tobytes(), field.name
+            else:
+                assert found == wanted
+
+
+def test_utterances_are_read_by_as_many_threads_as_asked_for(
+    dataset: LabelledSet, packed: Path, nano: AsrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(3)
+
+    def wait_for_others(folder: Path, utterance: Utterance) -> np.ndarray:
+        together.wait(timeout=30)
+        return read_audio(folder, utterance)
+
+    monkeypatch.setattr("qad_dist.asr.dataset.read_audio", wait_for_others)
+    threaded = LabelledSet(dataset.rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor, threads=3)
+
+    assert threaded.batch([0, 1, 2]).keys == tuple(dataset.rows[i][0].key for i in range(3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
