@@ -83,6 +83,7 @@ def begin_stage(run: RunConfig, stage: str) -> Path:
     (folder / DONE).unlink(missing_ok=True)
     if stage != "label":  # there another job may be writing
         settle_interrupted(folder)
+    _names_and_sizes.cache_clear()
     _begun[folder] = stage_inputs(run, stage)
     return folder
 
@@ -106,6 +107,7 @@ def finish_stage(run: RunConfig, stage: str, results: dict[str, Any]) -> None:
         "command": command_line(),
     }
     write_json(run.stage_folder(stage) / DONE, record)
+    _names_and_sizes.cache_clear()
 
 
 def require_stage(run: RunConfig, stage: str) -> dict[str, Any]:
@@ -169,7 +171,9 @@ def _earlier(run: RunConfig, stage: str) -> dict[str, str]:
 def _files(run: RunConfig, stage: str) -> dict[str, str]:
     """Fingerprints of what lies outside the run folder."""
     if stage == "pack":
-        return {path: _identity(Path(path)) for path in run.pack.inputs}
+        record = run.stage_folder("pack") / DONE
+        as_of = _state_of(record) if record.is_file() else None
+        return {path: _identity(Path(path), as_of) for path in run.pack.inputs}
     paths = [run.model.path]
     if stage == "train":
         paths.append(run.train.deepspeed)
@@ -178,15 +182,23 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
     return {path: _contents(Path(path)) for path in paths}
 
 
-def _identity(path: Path) -> str:
-    """Of a manifest its bytes; of a folder of recordings names and sizes (a link to nothing counts as a name)."""
+def _identity(path: Path, as_of: tuple[int, int] | None) -> str:
+    """Of a manifest its bytes; of a folder of recordings names and sizes."""
     if path.is_file():
-        return sha256_file(path)
-    if not path.is_dir():  # nothing there: the stage itself says so
-        return ""
+        return _sha256_once(path, *_state_of(path))
+    return _names_and_sizes(path, as_of) if path.is_dir() else ""  # nothing there: the stage itself says so
+
+
+@functools.cache
+def _names_and_sizes(folder: Path, as_of: tuple[int, int] | None) -> str:
+    """Of all files below a folder (a link to nothing counts as a name).
+
+    Millions of files take minutes to walk, and every later stage asks: the answer holds until a stage of this process
+    begins or ends, or another process writes the record of pack, whose state is ``as_of``.
+    """
     sizes = [
-        [os.path.relpath(os.path.join(folder, name), path), os.lstat(os.path.join(folder, name)).st_size]
-        for folder, _, names in os.walk(path)
+        [os.path.relpath(os.path.join(place, name), folder), os.lstat(os.path.join(place, name)).st_size]
+        for place, _, names in os.walk(folder)
         for name in names
     ]
     return fingerprint(sorted(sizes))

@@ -220,10 +220,13 @@ def test_link_to_nothing_in_a_folder_of_recordings_is_part_of_its_name(load):
     folder.mkdir()
     (folder / "gone.flac").symlink_to(folder / "nowhere.flac")
 
-    first = stage_inputs(load(f"pack.inputs=[{folder}]"), "pack")
+    run = load(f"pack.inputs=[{folder}]")
+    finish(run, "pack")
+    first = stage_inputs(run, "pack")
     (folder / "other.flac").symlink_to(folder / "nowhere.flac")
+    finish(run, "pack")
 
-    assert stage_inputs(load(f"pack.inputs=[{folder}]"), "pack") != first
+    assert stage_inputs(run, "pack") != first
 
 
 def test_recording_whose_name_is_not_utf8_is_part_of_a_folders_name(load):
@@ -240,3 +243,30 @@ def test_recording_whose_name_is_not_utf8_is_part_of_a_folders_name(load):
         fingerprints.add(require_stage(run, "pack")["fingerprint"])
 
     assert len(fingerprints) == 3
+
+
+def test_folder_of_recordings_is_walked_once_until_a_stage_begins_or_ends_or_pack_is_done_elsewhere(load, monkeypatch):
+    folder = Path(load().run).parent / "recordings"
+    folder.mkdir()
+    (folder / "a.wav").write_bytes(b"x")
+    run = load(f"pack.inputs=[{folder}]")
+    finish(run, *STAGES)
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda top: walked.append(top) or walk(top))
+
+    assert finished(run) == list(STAGES)
+    assert len(walked) == 1
+
+    (folder / "b.wav").write_bytes(b"x")
+    begin_stage(run, "export")
+    assert finished(run) == []  # the new recording is seen
+    assert len(walked) == 2
+    finish_stage(run, "export", results={})
+    assert finished(run) == []
+    assert len(walked) == 3
+
+    (folder / "b.wav").unlink()
+    done = run.stage_folder("pack") / "done.json"
+    os.utime(done, ns=(0, 0))  # as another process leaves it
+    assert finished(run) == list(STAGES)
+    assert len(walked) == 4
