@@ -13,13 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.digits import DigitsRun
-from tests.helpers.launching import Ended, Started, launch_command
-
-pytestmark = pytest.mark.timeout(1800)  # several starts of two ranks stand before the first test
+from tests.helpers.launching import LIMIT_SECONDS, Ended, Started, launch_command
 
 LAST = "step-000006"
-START_SECONDS = 400
-"""Of two ranks, to their first checkpoint or to the end. Only a hang takes that long."""
 END_SECONDS = 120
 """Within which all processes are gone when one rank was killed. The launcher gives the other ranks 30 s."""
 
@@ -58,15 +54,15 @@ def complete_checkpoints(run: Path) -> list[str]:
 def kill_a_rank_behind(checkpoint: str, digits: DigitsRun, run: Path, output: Path) -> Killed:
     """Start training and kill rank 1 as soon as ``checkpoint`` is published."""
     with start_training(digits, run, output) as started:
-        victim = started.rank(1, limit_seconds=START_SECONDS)
-        deadline = time.monotonic() + START_SECONDS
+        victim = started.rank(1, limit_seconds=LIMIT_SECONDS)
+        deadline = time.monotonic() + LIMIT_SECONDS
         while checkpoint not in complete_checkpoints(run):
-            assert time.monotonic() < deadline, f"no {checkpoint} after {START_SECONDS} s"
+            assert time.monotonic() < deadline, f"no {checkpoint} after {LIMIT_SECONDS} s"
             assert started.process.poll() is None, "training ended before it could be killed"
             time.sleep(0.005)
         victim.send_signal(signal.SIGKILL)
         killed_at = time.monotonic()
-        ended = started.wait(START_SECONDS + END_SECONDS)
+        ended = started.wait(LIMIT_SECONDS + END_SECONDS)
         seconds = time.monotonic() - killed_at
     return Killed(complete_checkpoints(run), ended.code, ended.stderr, seconds)
 
@@ -77,7 +73,7 @@ def resumed(digits, two_rank_run, tmp_path_factory) -> Resumed:
     run = two_rank_run.copy_to(folder / "run", "pack", "label", "quantize")
     killed = [kill_a_rank_behind(name, digits, run, folder / "output") for name in ("step-000002", "step-000004")]
     with start_training(digits, run, folder / "output") as started:
-        ended = started.wait(START_SECONDS)
+        ended = started.wait(LIMIT_SECONDS)
     assert ended.code == 0, ended.stderr
     return Resumed(run, killed, ended.stderr)
 
@@ -90,7 +86,7 @@ def sent_back(digits, two_rank_run, tmp_path_factory) -> tuple[Path, str]:
     shutil.copytree(run / "train" / LAST, run / "train" / "step-000099")
     settings = [f"train.resume={run}/train/step-000004", "train.checkpoint_every=1"]
     with start_training(digits, run, folder / "output", *settings) as started:
-        ended = started.wait(START_SECONDS)
+        ended = started.wait(LIMIT_SECONDS)
     assert ended.code == 0, ended.stderr
     return run, ended.stderr
 
@@ -109,7 +105,7 @@ def refused(digits, two_rank_run, tmp_path_factory) -> dict[str, Ended]:
         command = [sys.executable, "launch/train.py", "--config", str(digits.config), "--set", f"run={run}", *settings]
         started[name] = Started(command, folder=folder / name / "output")
     try:
-        return {name: program.wait(START_SECONDS) for name, program in started.items()}
+        return {name: program.wait(LIMIT_SECONDS) for name, program in started.items()}
     finally:
         for program in started.values():
             program.kill()
@@ -212,7 +208,7 @@ def test_training_that_is_sent_back_ends_with_the_same_bits_and_without_the_step
     assert complete_checkpoints(run) == ["step-000004", "step-000005", LAST]
     for file in ("best/decoder.safetensors", "student/model.safetensors"):
         assert (run / "train" / file).read_bytes() == (two_rank_run.folder / "train" / file).read_bytes()
-    found, expected = (json.loads((folder / "train" / "done.json").read_text()) for folder in (run, two_rank_run.folder))
+    found, expected = (json.loads((of / "train" / "done.json").read_text()) for of in (run, two_rank_run.folder))
     assert found["results"] == expected["results"]
 
 

@@ -18,7 +18,7 @@ ERRORS = {
 def seen(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("nonfinite")
     program = "tests/helpers/nonfinite.py"
-    ended = launch(program, folder / "report.json", ranks=2, folder=folder / "output", limit_seconds=300)
+    ended = launch(program, folder / "report.json", ranks=2, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     return json.loads((folder / "report.json").read_text())
 

@@ -19,7 +19,7 @@ def three_rank_labels(digits, tmp_path_factory) -> Path:
     run = digits.copy_to(folder / "run")
     arguments = ["3", digits.config, run, "label"]
     program = "tests/helpers/run_stages.py"
-    ended = launch(program, *arguments, ranks=3, folder=folder / "output", limit_seconds=200)
+    ended = launch(program, *arguments, ranks=3, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     return run
 

@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "modelopt", "deepspeed", "accelerate", "qwen_a
 def start(root: Path, cwd: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, str(root / "launch" / f"{program}.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=250)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -86,7 +86,7 @@ def test_ranks_of_a_launch_tell_a_missing_stage_once(root, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, "launch/label.py", *config]
 
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
     told = f"{tmp_path}/run/pack must be finished before this stage, got no done.json; run `python launch/pack.py"
     assert ended.returncode == 1

@@ -11,8 +11,6 @@ import pytest
 from tests.helpers.digits import TEACHER, DigitsRun, FinishedRun
 from tests.helpers.launching import launch, run_python
 
-pytestmark = pytest.mark.timeout(600)  # a finished run stands before the first test
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -325,7 +323,7 @@ def told(digits: DigitsRun, two_rank_run: FinishedRun, tmp_path_factory) -> dict
         places.append((run, bench.folder))
     (folder / "commands.json").write_text(json.dumps(commands))
     arguments = ["tests/helpers/run_programs.py", folder / "commands.json", folder / "answers.json"]
-    ended = run_python(*arguments, folder=folder / "output", limit_seconds=250)
+    ended = run_python(*arguments, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     answers = json.loads((folder / "answers.json").read_text())
     return {
@@ -363,9 +361,9 @@ def test_more_ranks_than_utterances_is_told_once(digits, tmp_path):
     bench = Bench(tmp_path, digits.manifest)
     inputs = f"pack.inputs=[{bench.write_manifest('one.jsonl', count=1)}]"
     arguments = ["--config", digits.config, "--set", f"run={tmp_path}/run", inputs]
-    packed = run_python("launch/pack.py", *arguments, folder=tmp_path / "output", limit_seconds=60)
+    packed = run_python("launch/pack.py", *arguments, folder=tmp_path / "output")
 
-    ended = launch("launch/label.py", *arguments, ranks=2, folder=tmp_path / "output", limit_seconds=120)
+    ended = launch("launch/label.py", *arguments, ranks=2, folder=tmp_path / "output")
 
     line = "label needs at least one utterance for each rank, got 1 for 2 ranks; start fewer with --num_processes\n"
     assert packed.code == 0, packed.stderr

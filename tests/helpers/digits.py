@@ -48,7 +48,7 @@ def make_digits(folder: Path) -> DigitsRun:
     """Write manifest and config, and pack them with the program."""
     manifest = write_digits(folder)
     config = write_config(folder, manifest)
-    ended = run_python("launch/pack.py", "--config", config, folder=folder / "output", limit_seconds=120)
+    ended = run_python("launch/pack.py", "--config", config, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     return DigitsRun(manifest, config, folder / "run" / "pack")
 
@@ -58,7 +58,7 @@ def run_on_two_ranks(digits: DigitsRun, folder: Path) -> FinishedRun:
     run = digits.copy_to(folder / "run")
     arguments = ["2", digits.config, run, "label", "quantize", "train", "score"]
     program = "tests/helpers/run_stages.py"
-    ended = launch(program, *arguments, ranks=2, folder=folder / "output", limit_seconds=240)
+    ended = launch(program, *arguments, ranks=2, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     return FinishedRun(run, ended.stderr)
 
@@ -67,7 +67,7 @@ def run_on_one_rank(digits: DigitsRun, trained: FinishedRun, folder: Path) -> Fi
     """Label, quantize and score on one rank, the student being that of ``trained``."""
     run = trained.copy_to(digits.copy_to(folder / "run"), "train")
     arguments = ["1", digits.config, run, "label", "quantize", "score"]
-    ended = run_python("tests/helpers/run_stages.py", *arguments, folder=folder / "output", limit_seconds=200)
+    ended = run_python("tests/helpers/run_stages.py", *arguments, folder=folder / "output")
     assert ended.code == 0, ended.stderr
     return FinishedRun(run, ended.stderr)
 

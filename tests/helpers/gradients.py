@@ -47,7 +47,7 @@ SMALL_STEPS, SMALL_RATE = 8, 5e-5
 def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     run, world = load_run(config, [f"run={run_folder}", f"train.ce_weight={CE_WEIGHT}"]), current_world()
     configure_logging(world)
-    join_world(world, 120)
+    join_world(world, 600)
     # All models first: once a ZeRO-3 plugin exists, whatever is loaded is partitioned.
     enable_checkpointing()
     teacher = load_teacher(run.model, CPU)

@@ -15,6 +15,9 @@ import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 
+LIMIT_SECONDS = 600
+"""Of one start. Most end in 15 s on an idle machine; only a hang takes that long."""
+
 MARK = "QAD_TEST_START"
 """Environment variable by which all processes of one start are known, also when their parent is gone."""
 
@@ -116,7 +119,10 @@ class Started:
 
 
 def run_python(
-    *arguments: str | Path, folder: Path, limit_seconds: float, variables: dict[str, str] | None = None
+    *arguments: str | Path,
+    folder: Path,
+    limit_seconds: float = LIMIT_SECONDS,
+    variables: dict[str, str] | None = None,
 ) -> Ended:
     """Run ``python *arguments`` in the project's folder."""
     with Started([sys.executable, *map(str, arguments)], folder=folder, variables=variables) as started:
@@ -129,7 +135,9 @@ def launch_command(program: str | Path, *arguments: str | Path, ranks: int) -> l
     return [sys.executable, "-m", "accelerate.commands.launch", *options, str(program), *map(str, arguments)]
 
 
-def launch(program: str | Path, *arguments: str | Path, ranks: int, folder: Path, limit_seconds: float) -> Ended:
+def launch(
+    program: str | Path, *arguments: str | Path, ranks: int, folder: Path, limit_seconds: float = LIMIT_SECONDS
+) -> Ended:
     """Run a program on several ranks of the CPU."""
     with Started(launch_command(program, *arguments, ranks=ranks), folder=folder) as started:
         return started.wait(limit_seconds)

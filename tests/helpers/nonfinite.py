@@ -49,7 +49,7 @@ class Layers(nn.Module):
 def main(report: str) -> None:
     world = current_world()
     configure_logging(world)
-    join_world(world, 120)
+    join_world(world, 600)
     seen = {
         f"zero{stage} {dtype} {fault}": see(world, stage, getattr(torch, dtype), *bad)
         for stage in (1, 2, 3)

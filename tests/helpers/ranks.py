@@ -17,7 +17,7 @@ def run_on_ranks(
     *args: Any,
     world_size: int,
     tmp_path: Path,
-    limit_seconds: float = 120.0,
+    limit_seconds: float = 400.0,
 ) -> None:
     """Call ``function(rank, world_size, *args)`` in ``world_size`` fresh processes.
 
@@ -50,7 +50,7 @@ def _worker(rank: int, world_size: int, store: str, function: Callable[..., None
         init_method=f"file://{store}",  # a file, not a port: two tests can never meet
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     try:
         function(rank, world_size, *args)

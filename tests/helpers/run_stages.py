@@ -30,7 +30,7 @@ def main(ranks: str, config: str, folder: str, *stages: str) -> None:
                 init_method=f"file://{folder}/{stage}.store",
                 rank=world.rank,
                 world_size=world.world_size,
-                timeout=datetime.timedelta(seconds=120),
+                timeout=datetime.timedelta(seconds=600),
             )
             assert dist.get_world_size() == int(ranks)
         assert world.world_size == int(ranks)
