@@ -217,7 +217,7 @@ class Model:
 @pytest.fixture
 def decodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every utterance is heard as one word, at a distance of 0.5; counts what is called how often."""
-    calls = dict.fromkeys(("equal", "count_errors"), 0)
+    calls: dict[str, int] = {"equal": 0, "count_errors": 0}
 
     def counting(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
