@@ -250,6 +250,7 @@ def test_what_was_rejected_is_tried_again_when_an_interrupted_pack_goes_on(tmp_p
 
 _PACK_FOR_EVER = """
 import sys
+import time
 from pathlib import Path
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import make_recordings
@@ -258,7 +259,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     recordings = make_recordings(folder / "in", 120)
     print("go", flush=True)
-    pack_tones(recordings, folder / "pack", utterances_per_shard=2, processes=2)
+    sleep = lambda num_done, seconds: time.sleep(3600)  # behind the first shard: it cannot end before it is killed
+    pack_tones(recordings, folder / "pack", utterances_per_shard=2, processes=2, progress=sleep)
 """
 
 
@@ -301,10 +303,14 @@ def test_a_killed_pack_leaves_no_process_and_no_index_and_goes_on_to_the_same_by
 
 
 def test_a_packing_process_that_dies_stops_the_pack_and_keeps_the_finished_shards(tmp_path):
-    recordings = make_recordings(tmp_path / "in", 120)
+    recordings = make_recordings(tmp_path / "in", 400)  # seconds of work behind the first shard
+
+    killed = []
 
     def kill_one(num_done: int, seconds: float) -> None:
-        multiprocessing.active_children()[0].kill()
+        if not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
 
     with pytest.raises(StageError, match=r"got one that died in one of \w+-\d{6}\.tar.*finished shards are kept"):
         pack_tones(recordings, tmp_path / "pack", utterances_per_shard=2, processes=2, progress=kill_one)

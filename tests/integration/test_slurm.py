@@ -60,6 +60,7 @@ def job(tmp_path: Path) -> dict[str, str]:
         **environment,
         "PATH": f"{tools}:{os.environ['PATH']}",
         "RECORD": str(tmp_path),
+        "TMPDIR": str(tmp_path),
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(40_000 + os.getpid()),
         "SLURM_JOB_NODELIST": "node[1-2]",

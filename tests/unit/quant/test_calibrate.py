@@ -86,7 +86,7 @@ def test_bfloat16_student_is_measured_again_behind_the_cast(
     assert list(measured) == list(cast)
     assert any(not torch.equal(measured[name], cast[name]) for name in cast)
     for name, amax in measured.items():
-        torch.testing.assert_close(amax, cast[name], rtol=0.05, atol=0, msg=name)
+        torch.testing.assert_close(amax, cast[name], rtol=0.15, atol=0, msg=name)
 
 
 def test_quantizer_that_saw_no_data_is_refused_by_name(

@@ -90,10 +90,7 @@ def test_print_config_prints_what_reads_back_to_the_same_config_and_calls_nothin
         (["--config", "nothing.yaml"], "--config must be a YAML file, got 'nothing.yaml'; see configs/ for examples"),
         (["--config", "{config}", "--bogus"], "unrecognized arguments: --bogus"),
         (["--conf", "{config}"], "the following arguments are required: --config"),
-        (
-            ["destroy", "--config", "{config}"],
-            "argument command: invalid choice: 'destroy' (choose from 'run', 'verify')",
-        ),
+        (["destroy", "--config", "{config}"], "argument command: invalid choice: 'destroy' (choose from "),
         (["--config", "{config}", "--set", "train.stesp=1"], "did you mean 'steps'?"),
     ],
 )

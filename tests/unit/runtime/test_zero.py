@@ -37,10 +37,12 @@ def test_folder_is_refused(tmp_path: Path) -> None:
         read_deepspeed_settings(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "{", "zero_optimization: {stage: 2}", "\xff\xfe"])
-def test_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"zero_optimization: {stage: 2}", b"\xff\xfe"])
+def test_file_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "zero.json").write_bytes(content)
+
     with pytest.raises(ConfigError, match=r"train\.deepspeed must be a DeepSpeed JSON file, got '.*zero\.json'"):
-        read_deepspeed_settings(write(tmp_path, text))
+        read_deepspeed_settings(str(tmp_path / "zero.json"))
 
 
 @pytest.mark.parametrize(
