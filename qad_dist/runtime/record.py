@@ -172,8 +172,11 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
     """Fingerprints of what lies outside the run folder."""
     if stage == "pack":
         record = run.stage_folder("pack") / DONE
-        as_of = _state_of(record) if record.is_file() else None
-        return {path: _identity(Path(path), as_of) for path in run.pack.inputs}
+        if not record.is_file():
+            return {path: _identity(Path(path), None) for path in run.pack.inputs}
+        packed, as_of = read_json(record)["inputs"]["files"], _state_of(record)
+        # What is gone stays as it was packed: shards need no recordings.
+        return {path: _identity(Path(path), as_of) or packed.get(path, "") for path in run.pack.inputs}
     paths = [run.model.path]
     if stage == "train":
         paths.append(run.train.deepspeed)

@@ -54,6 +54,16 @@ def test_nothing_is_finished_in_an_empty_run_and_everything_after_all_stages(loa
     assert finished(load()) == list(STAGES)
 
 
+def test_recordings_that_are_gone_leave_all_that_was_made_of_them_finished(load, tmp_path):
+    finish(load(), *STAGES)
+    (tmp_path / "manifest.jsonl").unlink()
+
+    assert finished(load()) == list(STAGES)
+
+    (tmp_path / "manifest.jsonl").write_text('{"audio": "b.wav"}\n')
+    assert finished(load()) == []
+
+
 def test_record_holds_what_a_reader_needs_to_know(load):
     finish(load(), "pack")
 
