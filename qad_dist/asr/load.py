@@ -18,7 +18,6 @@ from qad_dist.config import ModelConfig
 from qad_dist.linears import LINEARS
 from qad_dist.runtime.logs import prints_as_debug
 from shards.errors import ModelError
-from shards.storage import fingerprint, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +177,3 @@ def state_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hex sha256 over the names and contents of a checkpoint's files: which model it is, wherever it lies."""
-    names = sorted(f.name for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja", ".txt", ".pth"))
-    return fingerprint([(name, sha256_file(folder / name)) for name in names])

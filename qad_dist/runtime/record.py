@@ -41,6 +41,9 @@ WITHOUT_EFFECT = {
 
 _ABSENT = object()
 
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".pth")
+"""Suffixes of what a checkpoint loads from; a model card is nothing to it."""
+
 _PACKAGES = (
     *("qad-dist", "torch", "transformers", "qwen-asr", "nvidia-modelopt", "accelerate", "deepspeed"),
     *("webdataset", "soundfile", "soxr", "jiwer", "numpy", "pyarrow", "pydantic"),
@@ -152,6 +155,12 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def model_fingerprint(folder: Path) -> str:
+    """Hex sha256 over the names and contents of a checkpoint's files: which model it is, wherever it lies."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in _MODEL_FILES)
+    return fingerprint([(file.name, _sha256_once(file, *_state_of(file))) for file in files])
+
+
 def _told_by_config(run: RunConfig, stage: str) -> dict[str, Any]:
     section = getattr(run, stage).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(stage))
     told = {"seed": run.seed, stage: section}
@@ -208,11 +217,10 @@ def _names_and_sizes(folder: Path, as_of: tuple[int, int] | None) -> str:
 
 
 def _contents(path: Path) -> str:
-    """Of a file or of a checkpoint's folder all bytes: another training of the same model has the same sizes."""
-    if not path.exists():  # a hub id, or nothing: the stage itself says so
-        return ""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    return fingerprint([(file.name, _sha256_once(file, *_state_of(file))) for file in files])
+    """Of a file or a checkpoint's folder the bytes: another training of the same model has the same sizes."""
+    if path.is_dir():
+        return model_fingerprint(path)
+    return _sha256_once(path, *_state_of(path)) if path.is_file() else ""  # a hub id, or nothing: the stage says so
 
 
 def _state_of(file: Path) -> tuple[int, int]:

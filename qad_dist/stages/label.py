@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qad_dist.asr.load import AsrModel, load_teacher, model_fingerprint
+from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
 from qad_dist.runtime.collectives import barrier, run_on_main
-from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, require_stage
+from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, model_fingerprint, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
 from shards.errors import ShardError
 from shards.index import ShardEntry, read_index, read_utterances

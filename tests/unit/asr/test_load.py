@@ -17,7 +17,6 @@ from qad_dist.asr.load import (
     AsrModel,
     count_decoder_linears,
     load_teacher,
-    model_fingerprint,
     resolve_model_folder,
 )
 from qad_dist.config import ModelConfig
@@ -291,22 +290,3 @@ def test_decoder_with_another_number_of_linears_is_refused(load_nano: Callable[.
 
     with pytest.raises(ModelError, match=r"7 Linear layers in each of its 3 layers, got 22 in all"):
         count_decoder_linears(decoder)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json"])
-def test_fingerprint_notices_one_flipped_byte(nano_folder: Path, copied: Path, name: str) -> None:
-    assert model_fingerprint(copied) == model_fingerprint(nano_folder)  # wherever it lies
-    data = bytearray((copied / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (copied / name).write_bytes(data)
-
-    assert model_fingerprint(copied) != model_fingerprint(nano_folder)
-
-
-def test_fingerprint_notices_a_renamed_file_but_no_readme(nano_folder: Path, copied: Path) -> None:
-    (copied / "README.md").write_text("other words")
-    assert model_fingerprint(copied) == model_fingerprint(nano_folder)
-
-    (copied / "merges.txt").rename(copied / "merged.txt")
-
-    assert model_fingerprint(copied) != model_fingerprint(nano_folder)

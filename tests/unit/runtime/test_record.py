@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from qad_dist.runtime.record import (
     begin_stage,
     finish_stage,
     is_finished,
+    model_fingerprint,
     require_stage,
     stage_inputs,
 )
 from shards.errors import StageError
+from tests.helpers.digits import TEACHER
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_change_of_a_setting_unfinishes_its_stage_and_those_that_read_it_once_it
 def test_changed_input_files_unfinish_the_stages_that_read_them(load, tmp_path):
     finish(load(), *STAGES)
 
-    (tmp_path / "model" / "weights.bin").write_bytes(b"x")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"x")
     assert finished(load()) == ["pack"]
 
     (tmp_path / "manifest.jsonl").write_text('{"audio": "b.wav"}\n')
@@ -280,3 +283,27 @@ def test_folder_of_recordings_is_walked_once_until_a_stage_begins_or_ends_or_pac
     os.utime(done, ns=(0, 0))  # as another process leaves it
     assert finished(run) == list(STAGES)
     assert len(walked) == 4
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TEACHER, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json"])
+def test_fingerprint_notices_one_flipped_byte(copied, name):
+    assert model_fingerprint(copied) == model_fingerprint(TEACHER)  # wherever it lies
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / name).write_bytes(data)
+
+    assert model_fingerprint(copied) != model_fingerprint(TEACHER)
+
+
+def test_fingerprint_notices_a_renamed_file_but_no_readme(copied):
+    (copied / "README.md").write_text("other words")
+    assert model_fingerprint(copied) == model_fingerprint(TEACHER)
+
+    (copied / "merges.txt").rename(copied / "merged.txt")
+
+    assert model_fingerprint(copied) != model_fingerprint(TEACHER)
