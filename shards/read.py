@@ -1,14 +1,16 @@
 """Reading utterances by offset: no scan of the tar, and no utterance taken for another."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from shards.audio import Samples, decode_flac
 from shards.errors import AudioError, ShardError
 from shards.schema import SAMPLE_RATE_HZ, Utterance
+
+Loaded = TypeVar("Loaded")
 
 # Of a plain tar: the block before a member's data begins with its name. Keys are short enough for one such block.
 _HEADER_BYTES, _NAME_BYTES = 512, 100
@@ -44,16 +46,17 @@ def read_many(folder: Path, utterances: Sequence[Utterance]) -> list[Samples]:
     return [samples[number] for number in range(len(utterances))]
 
 
-def read_ahead(folder: Path, batches: Iterable[Sequence[Utterance]]) -> Iterator[list[Samples]]:
-    """The samples of one batch after the other; those of the next are read while the present ones are in use.
+def read_ahead(
+    load: Callable[[Sequence[Utterance]], Loaded], batches: Iterable[Sequence[Utterance]]
+) -> Iterator[Loaded]:
+    """What ``load`` makes of one batch after the other; the next is loaded while the present one is in use.
 
-    Raises:
-        ShardError: As :func:`read_audio`, with the batch that it is about.
+    What ``load`` raises comes with the batch that it is about.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        pending: Future[list[Samples]] | None = None
+        pending: Future[Loaded] | None = None
         for batch in batches:
-            present, pending = pending, reader.submit(read_many, folder, batch)
+            present, pending = pending, reader.submit(load, batch)
             if present is not None:
                 yield present.result()
         if pending is not None:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from qad_dist.asr.audio_tower import num_audio_tokens
-from qad_dist.asr.mel import log_mel, num_frames
+from qad_dist.asr.mel import num_frames
 from qad_dist.asr.prompt import Prompt
 from qad_dist.batch import Batch
 from shards.schema import SAMPLE_RATE_HZ
@@ -19,8 +18,8 @@ class Example:
     """One utterance with the response to distil."""
 
     key: str
-    audio_A: np.ndarray
-    """float32 mono at 16 kHz."""
+    mel_MF: Tensor
+    """From :func:`~qad_dist.asr.mel.log_mel`."""
     response_ids: Sequence[int]
     """Language tag to end token."""
     kl_weight: float = 1.0
@@ -33,25 +32,23 @@ def num_packed_tokens(prompt: Prompt, *, duration_seconds: float, num_response_t
     return prompt.num_prompt_tokens(num_audio_tokens(frames)) + num_response_tokens
 
 
-def collate(examples: Sequence[Example], *, prompt: Prompt, extractor: Any) -> Batch:
+def collate(examples: Sequence[Example], *, prompt: Prompt) -> Batch:
     """Pack utterances one behind the other.
 
     Args:
         examples: At least one; each with at least one response token.
         prompt: The model's prompt.
-        extractor: Its feature extractor.
 
     Returns:
         A batch on the host. The last token of each response is in it, although nothing follows it: its row is the one
         before, and leaving it out would give utterances two lengths.
     """
-    mels = [log_mel(example.audio_A, extractor) for example in examples]
     ids: list[int] = []
     positions: list[int] = []
     boundaries, rows, targets = [0], [], []
     audio_positions: list[int] = []
-    for example, mel in zip(examples, mels, strict=True):
-        audio_tokens = num_audio_tokens(mel.shape[1])
+    for example in examples:
+        audio_tokens = num_audio_tokens(example.mel_MF.shape[1])
         prompt_ids = prompt.build(audio_tokens)
         start = len(ids)
         # Counted, not searched for: a response may hold the placeholder's id, and no audio belongs there.
@@ -70,8 +67,8 @@ def collate(examples: Sequence[Example], *, prompt: Prompt, extractor: Any) -> B
         position_ids_N=torch.tensor(positions),
         cu_seqlens_U1=torch.tensor(boundaries, dtype=torch.int32),
         audio_positions_P=torch.tensor(audio_positions),
-        mel_MF=torch.cat(mels, dim=1),
-        mel_lengths_U=torch.tensor([mel.shape[1] for mel in mels]),
+        mel_MF=torch.cat([example.mel_MF for example in examples], dim=1),
+        mel_lengths_U=torch.tensor([example.mel_MF.shape[1] for example in examples]),
         rows_R=torch.tensor(rows),
         targets_R=torch.tensor(targets),
         kl_weight_R=torch.tensor([e.kl_weight for e in examples]).repeat_interleave(counts),

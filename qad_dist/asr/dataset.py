@@ -1,21 +1,22 @@
-"""Labelled utterances as packed batches, in the order of a plan."""
+"""Utterances from the shards: with their labels as packed batches in the order of a plan, or as log-mels alone."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from qad_dist.asr.collate import Example, collate, num_packed_tokens
+from qad_dist.asr.mel import log_mel
 from qad_dist.asr.prompt import Prompt
 from qad_dist.batch import Batch
 from qad_dist.runtime.world import World
 from shards.labelled import LabelledUtterance
 from shards.plan import Plan, share_of_rank
-from shards.read import read_audio
+from shards.read import read_ahead, read_audio, read_many
+from shards.schema import Utterance
 
 
 class LabelledSet:
@@ -62,33 +63,21 @@ class LabelledSet:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Read, transform and pack these utterances."""
-        return _join(list(self._readers.map(self._batch_of_one, indices)))
+        return collate(list(self._readers.map(self._example, indices)), prompt=self._prompt)
 
-    def _batch_of_one(self, index: int) -> Batch:
+    def _example(self, index: int) -> Example:
         utterance, response = self.rows[index]
-        audio_A = read_audio(self._folder, utterance)
-        example = Example(key=utterance.key, audio_A=audio_A, response_ids=response.token_ids.tolist())
-        return collate([example], prompt=self._prompt, extractor=self._extractor)
+        mel_MF = log_mel(read_audio(self._folder, utterance), self._extractor)
+        return Example(key=utterance.key, mel_MF=mel_MF, response_ids=response.token_ids.tolist())
 
 
-def _join(batches: Sequence[Batch]) -> Batch:
-    """Batches of one utterance packed one behind the other: what collating all of them at once gives."""
-    starts = [0, *accumulate(batch.num_tokens for batch in batches)]
-    moved = list(zip(batches, starts, strict=False))
-    return Batch(
-        keys=tuple(key for batch in batches for key in batch.keys),
-        input_ids_N=torch.cat([batch.input_ids_N for batch in batches]),
-        position_ids_N=torch.cat([batch.position_ids_N for batch in batches]),
-        cu_seqlens_U1=torch.tensor(starts, dtype=torch.int32),
-        audio_positions_P=torch.cat([batch.audio_positions_P + start for batch, start in moved]),
-        mel_MF=torch.cat([batch.mel_MF for batch in batches], dim=1),
-        mel_lengths_U=torch.cat([batch.mel_lengths_U for batch in batches]),
-        rows_R=torch.cat([batch.rows_R + start for batch, start in moved]),
-        targets_R=torch.cat([batch.targets_R for batch in batches]),
-        kl_weight_R=torch.cat([batch.kl_weight_R for batch in batches]),
-        ce_weight_R=torch.cat([batch.ce_weight_R for batch in batches]),
-        weighted_rows=sum(batch.weighted_rows for batch in batches),
-    )
+def mels_ahead(folder: Path, batches: Iterable[Sequence[Utterance]], extractor: Any) -> Iterator[list[Tensor]]:
+    """Log-mels of one batch after the other (``[M, F]`` each); the next are made while the present ones are in use.
+
+    Raises:
+        ShardError: With the batch in which a shard is missing or damaged.
+    """
+    return read_ahead(lambda batch: [log_mel(audio, extractor) for audio in read_many(folder, batch)], batches)
 
 
 class PlannedBatches:

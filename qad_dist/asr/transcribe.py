@@ -9,14 +9,12 @@ Dimension key: B utterances, T prompt positions (padded on the left), D width, V
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from qad_dist.asr.audio_tower import encode, num_audio_tokens
 from qad_dist.asr.load import AsrModel
-from qad_dist.asr.mel import log_mel
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH
 
 
@@ -34,24 +32,24 @@ class Hypothesis:
 
 
 @torch.no_grad()
-def transcribe(model: AsrModel, audios: Sequence[np.ndarray], *, max_response_tokens: int) -> list[Hypothesis]:
+def transcribe(model: AsrModel, mels: Sequence[Tensor], *, max_response_tokens: int) -> list[Hypothesis]:
     """Decode utterances together, greedily, in automatic language mode.
 
     Args:
         model: Teacher or student.
-        audios: float32 mono at 16 kHz; utterances of similar length waste least.
+        mels: ``[M, F]`` each, from :func:`~qad_dist.asr.mel.log_mel`; utterances of similar length waste least.
         max_response_tokens: A response that reaches it is cut and marked ``length``.
 
     Returns:
         One hypothesis per utterance, in order.
     """
-    embeddings_BTD, mask_BT = _embed_prompts(model, audios)
+    embeddings_BTD, mask_BT = _embed_prompts(model, mels)
     cache = DynamicCache()
     position_B = mask_BT.sum(1)
     hidden_BTD = _decode(model, embeddings_BTD, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0), cache)
-    running_B = torch.arange(len(audios), device=model.device)
-    token_ids: list[list[int]] = [[] for _ in audios]
-    logprobs: list[list[float]] = [[] for _ in audios]
+    running_B = torch.arange(len(mels), device=model.device)
+    token_ids: list[list[int]] = [[] for _ in mels]
+    logprobs: list[list[float]] = [[] for _ in mels]
     head_DV = _head(model)
     for _ in range(max_response_tokens):
         logits_BV = _logits(hidden_BTD[:, -1], head_DV)
@@ -87,9 +85,8 @@ def _logits(hidden_BD: Tensor, head_DV: Tensor) -> Tensor:
     return hidden_BD.float() @ head_DV
 
 
-def _embed_prompts(model: AsrModel, audios: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def _embed_prompts(model: AsrModel, mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts with the audio in place: ``[B, T, D]``, padded on the left, and the int64 mask ``[B, T]``."""
-    mels = [log_mel(audio, model.extractor) for audio in audios]
     lengths_B = torch.tensor([mel.shape[1] for mel in mels])
     mel_MF = torch.cat(mels, dim=1).to(model.device)
     audio_PD = encode(model.audio_tower, mel_MF, lengths_B, audio_attention=model.audio_attention)

@@ -64,7 +64,7 @@ def verify_transcript(
         device: Where to compute.
     """
     model = load_model(folder, dtype="float32", audio_attention="full", device=device)
-    (ours,) = transcribe(model, [audio_A], max_response_tokens=max_response_tokens)
+    (ours,) = transcribe(model, [mel.log_mel(audio_A, model.extractor)], max_response_tokens=max_response_tokens)
     del model  # two float32 copies of a large checkpoint need not fit
     ended = ours.ended_by == ENDED_BY_END_TOKEN
     text, language = reference.reference_transcript(

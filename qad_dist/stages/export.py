@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qad_dist.asr.load import AsrModel, load_model, state_hash
+from qad_dist.asr.mel import log_mel
 from qad_dist.asr.reference import load_with_qwen_asr, transcribe_with_qwen_asr
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.asr.transcribe import transcribe
@@ -197,8 +198,8 @@ def _answers(model: AsrModel, run: RunConfig, utterances: list[Utterance]) -> di
     Raises:
         ModelError: A log-probability is no finite number.
     """
-    audios = read_many(run.stage_folder("pack"), utterances)
-    hypotheses = transcribe(model, audios, max_response_tokens=MAX_RESPONSE_TOKENS)
+    mels = [log_mel(audio, model.extractor) for audio in read_many(run.stage_folder("pack"), utterances)]
+    hypotheses = transcribe(model, mels, max_response_tokens=MAX_RESPONSE_TOKENS)
     for utterance, hypothesis in zip(utterances, hypotheses, strict=True):
         if not all(map(math.isfinite, hypothesis.token_logprobs)):
             raise ModelError(

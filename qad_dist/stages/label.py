@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from qad_dist.asr.dataset import mels_ahead
 from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
@@ -19,7 +20,6 @@ from shards.errors import ShardError
 from shards.index import ShardEntry, read_index, read_utterances
 from shards.labels import LabelHeader, label_path, read_labels, write_labels
 from shards.plan import plan_decoding
-from shards.read import read_ahead
 from shards.schema import ENDED_BY_LENGTH, PseudoLabel, Utterance
 
 log = logging.getLogger(__name__)
@@ -133,9 +133,9 @@ def _label_shard(run: RunConfig, teacher: AsrModel, utterances: list[Utterance])
     durations = [utterance.duration_seconds for utterance in utterances]
     plan = plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds)
     batches = [[utterances[i] for i in indices] for indices in plan]
-    audio = read_ahead(run.stage_folder("pack"), batches)
-    for indices, chosen, audios in zip(plan, batches, audio, strict=True):
-        hypotheses = transcribe(teacher, audios, max_response_tokens=run.label.max_response_tokens)
+    loaded = mels_ahead(run.stage_folder("pack"), batches, teacher.extractor)
+    for indices, chosen, mels in zip(plan, batches, loaded, strict=True):
+        hypotheses = transcribe(teacher, mels, max_response_tokens=run.label.max_response_tokens)
         for index, utterance, hypothesis in zip(indices, chosen, hypotheses, strict=True):
             labels[index] = PseudoLabel(
                 key=utterance.key,

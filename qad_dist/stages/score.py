@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from qad_dist.asr.collate import Example, collate
+from qad_dist.asr.dataset import mels_ahead
 from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import MODELOPT_STATE, AsrModel, load_model, load_teacher, resolve_model_folder
 from qad_dist.asr.transcribe import Hypothesis, transcribe
@@ -27,7 +29,6 @@ from qad_dist.text.wer import ErrorCounts, corpus, count_errors
 from shards.errors import ShardError
 from shards.index import read_utterances
 from shards.plan import plan_decoding
-from shards.read import read_many
 from shards.schema import ENDED_BY_LENGTH, Utterance
 from shards.storage import atomic_write, folder_bytes, read_json, verify_manifest, write_json
 
@@ -148,13 +149,15 @@ def _score_system(
     # KL needs one head for both: without it there is no distance.
     is_comparable = teacher is not None and torch.equal(system.head_weight_VD, teacher[0].head_weight_VD)
     outcomes: list[Outcome] = []
-    for numbers in tqdm(own, desc=f"score {name}", unit="batch", disable=None if world.is_main else True):
-        audios = read_many(run.stage_folder("pack"), [utterances[number] for number in numbers])
-        hypotheses = transcribe(system, audios, max_response_tokens=run.score.max_response_tokens)
+    chosen = ([utterances[number] for number in numbers] for numbers in own)
+    loaded = mels_ahead(run.stage_folder("pack"), chosen, system.extractor)
+    progress = tqdm(own, desc=f"score {name}", unit="batch", disable=None if world.is_main else True)
+    for numbers, mels in zip(progress, loaded, strict=True):
+        hypotheses = transcribe(system, mels, max_response_tokens=run.score.max_response_tokens)
         distances: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(numbers)
         if teacher is not None and is_comparable:
             responses = [teacher[1][number].hypothesis.token_ids for number in numbers]
-            distances = _distances(run, system, teacher[0], audios, responses)
+            distances = _distances(run, system, teacher[0], mels, responses)
         for number, hypothesis, (kl, agreements) in zip(numbers, hypotheses, distances, strict=True):
             counts = _counts(utterances[number], hypothesis)
             outcomes.append(Outcome(number=number, hypothesis=hypothesis, counts=counts, kl=kl, agreements=agreements))
@@ -175,15 +178,15 @@ def _distances(
     run: RunConfig,
     system: AsrModel,
     teacher: AsrModel,
-    audios: Sequence[Any],
+    mels: Sequence[Tensor],
     responses: Sequence[Sequence[int]],
 ) -> list[tuple[float, int]]:
     """KL and agreements of each utterance, summed over the teacher's own response tokens, through the common head."""
     examples = [
-        Example(key=str(i), audio_A=audio, response_ids=response)
-        for i, (audio, response) in enumerate(zip(audios, responses, strict=True))
+        Example(key=str(i), mel_MF=mel_MF, response_ids=response)
+        for i, (mel_MF, response) in enumerate(zip(mels, responses, strict=True))
     ]
-    batch = collate(examples, prompt=teacher.prompt, extractor=teacher.extractor).to(teacher.device)
+    batch = collate(examples, prompt=teacher.prompt).to(teacher.device)
     with torch.no_grad():
         states = [
             response_states(DecoderStack(model.decoder.layers), embed(model, batch), model.decoder.norm)

@@ -11,7 +11,7 @@ from qad_dist.asr.load import AsrModel
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.batch import Batch
 from qad_dist.quant.calibrate import quantize_decoder
-from tests.helpers.qwen import Samples
+from tests.helpers.qwen import Samples, mels_of
 
 # Of the embedded teacher: 7 Linears in each of 3 layers, each with a weight and an input quantizer.
 NUM_LAYERS, NUM_QUANTIZERS = 3, 42
@@ -19,12 +19,13 @@ NUM_LAYERS, NUM_QUANTIZERS = 3, 42
 
 def pack_with_own_responses(model: AsrModel, clips: Sequence[Samples]) -> Batch:
     """A batch of clips with what the model itself answers."""
-    hypotheses = transcribe(model, clips, max_response_tokens=48)
+    mels = mels_of(model, clips)
+    hypotheses = transcribe(model, mels, max_response_tokens=48)
     examples = [
-        Example(key=f"clip-{i}", audio_A=clip, response_ids=hypothesis.token_ids)
-        for i, (clip, hypothesis) in enumerate(zip(clips, hypotheses, strict=True))
+        Example(key=f"clip-{i}", mel_MF=mel_MF, response_ids=hypothesis.token_ids)
+        for i, (mel_MF, hypothesis) in enumerate(zip(mels, hypotheses, strict=True))
     ]
-    return collate(examples, prompt=model.prompt, extractor=model.extractor)
+    return collate(examples, prompt=model.prompt)
 
 
 @torch.no_grad()

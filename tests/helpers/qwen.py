@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from qad_dist.asr.load import PROCESSOR_FILES, AsrModel, load_model
+from qad_dist.asr.mel import log_mel
 from qad_dist.asr.reference import prompt_text
 
 Samples = npt.NDArray[np.float32]
@@ -45,6 +46,11 @@ def digit_entries(count: int) -> list[dict[str, str]]:
     """The manifest's lines of :func:`digits`: ``text`` and ``language``."""
     lines = (ASSETS / "digits" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(lines[i * len(lines) // count]) for i in range(count)]
+
+
+def mels_of(model: AsrModel, audios: Sequence[Samples]) -> list[Tensor]:
+    """Log-mels by the model's extractor."""
+    return [log_mel(audio, model.extractor) for audio in audios]
 
 
 def noise(num_samples: int, *, seed: int) -> Samples:

@@ -13,14 +13,19 @@ from qad_dist.asr.collate import Example, collate, num_packed_tokens
 from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
-from tests.helpers.qwen import Samples, noise, reference_inputs, reference_response_logits
+from tests.helpers.qwen import Samples, mels_of, noise, reference_inputs, reference_response_logits
 
 
 @pytest.fixture(scope="module")
-def examples(nano: AsrModel, clips: list[Samples]) -> list[Example]:
-    """Real speech of 0.5 to 5 s with responses that the model would and would not give, and 11 s of noise."""
+def audios(clips: list[Samples]) -> list[Samples]:
+    """Real speech of 0.5 to 5 s, and 11 s of noise."""
+    return [clips[0], clips[7], clips[3], clips[16][:15_000], noise(7_000, seed=1), noise(11 * 16_000, seed=2)]
+
+
+@pytest.fixture(scope="module")
+def examples(nano: AsrModel, audios: list[Samples]) -> list[Example]:
+    """With responses that the model would and would not give."""
     tokenizer, random = nano.processor.tokenizer, np.random.default_rng(0)
-    audios = [clips[0], clips[7], clips[3], clips[16][:15_000], noise(7_000, seed=1), noise(11 * 16_000, seed=2)]
     responses = [
         tokenizer("language English<asr_text>three<|im_end|>")["input_ids"],
         tokenizer("language None<asr_text><|im_end|>")["input_ids"],
@@ -30,13 +35,13 @@ def examples(nano: AsrModel, clips: list[Samples]) -> list[Example]:
         random.integers(0, 1000, 40).tolist(),
     ]
     return [
-        Example(key=f"clip-{i}", audio_A=audio, response_ids=response)
-        for i, (audio, response) in enumerate(zip(audios, responses, strict=True))
+        Example(key=f"clip-{i}", mel_MF=mel_MF, response_ids=response)
+        for i, (mel_MF, response) in enumerate(zip(mels_of(nano, audios), responses, strict=True))
     ]
 
 
 def pack(model: AsrModel, examples: Sequence[Example]) -> Batch:
-    return collate(examples, prompt=model.prompt, extractor=model.extractor)
+    return collate(examples, prompt=model.prompt)
 
 
 @torch.no_grad()
@@ -45,7 +50,7 @@ def states_of(model: AsrModel, batch: Batch) -> Tensor:
 
 
 def test_each_row_predicts_its_target_as_in_the_unpacked_reference(
-    nano: AsrModel, reference: Any, examples: list[Example]
+    nano: AsrModel, reference: Any, audios: list[Samples], examples: list[Example]
 ) -> None:
     """Below 8 s; beyond, the reference lacks the tower's windows."""
     short = examples[:5]
@@ -54,29 +59,32 @@ def test_each_row_predicts_its_target_as_in_the_unpacked_reference(
     logits_RV = states_of(nano, batch) @ nano.head_weight_VD.T
 
     logprobs_R = logits_RV.log_softmax(-1).gather(1, batch.targets_R[:, None]).squeeze(1)
-    for example, found in zip(short, logprobs_R.split([len(e.response_ids) for e in short]), strict=True):
-        expected_RV = reference_response_logits(reference, nano, example.audio_A, example.response_ids)
+    split_R = logprobs_R.split([len(example.response_ids) for example in short])
+    for audio, example, found in zip(audios, short, split_R, strict=False):
+        expected_RV = reference_response_logits(reference, nano, audio, example.response_ids)
         targets = torch.tensor(list(example.response_ids))
         expected = expected_RV.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_full_attention_rows_equal_the_reference_beyond_eight_seconds(
-    load_nano: Any, reference: Any, examples: list[Example]
+    load_nano: Any, reference: Any, audios: list[Samples], examples: list[Example]
 ) -> None:
     model, long = load_nano(audio_attention="full"), examples[5]
     batch = pack(model, [examples[0], long])
 
     logits_RV = states_of(model, batch)[len(examples[0].response_ids) :] @ model.head_weight_VD.T
 
-    expected_RV = reference_response_logits(reference, model, long.audio_A, long.response_ids)
+    expected_RV = reference_response_logits(reference, model, audios[5], long.response_ids)
     torch.testing.assert_close(logits_RV.log_softmax(-1), expected_RV.log_softmax(-1), rtol=0, atol=2e-4)
 
 
-def test_batch_holds_prompts_and_responses_one_behind_the_other(nano: AsrModel, examples: list[Example]) -> None:
+def test_batch_holds_prompts_and_responses_one_behind_the_other(
+    nano: AsrModel, audios: list[Samples], examples: list[Example]
+) -> None:
     batch = pack(nano, examples[:3])
 
-    prompts = [reference_inputs(nano, example.audio_A)["input_ids"][0].tolist() for example in examples[:3]]
+    prompts = [reference_inputs(nano, audio)["input_ids"][0].tolist() for audio in audios[:3]]
     sequences = [[*prompt, *example.response_ids] for prompt, example in zip(prompts, examples, strict=False)]
     lengths = [len(sequence) for sequence in sequences]
     assert batch.keys == ("clip-0", "clip-1", "clip-2")
@@ -87,15 +95,17 @@ def test_batch_holds_prompts_and_responses_one_behind_the_other(nano: AsrModel, 
     assert (batch.num_tokens, batch.num_utterances, batch.num_rows) == (sum(lengths), 3, len(batch.targets_R))
 
 
-def test_rows_are_all_response_tokens_and_nothing_else(nano: AsrModel, examples: list[Example]) -> None:
+def test_rows_are_all_response_tokens_and_nothing_else(
+    nano: AsrModel, audios: list[Samples], examples: list[Example]
+) -> None:
     batch = pack(nano, examples)
 
     assert batch.targets_R.tolist() == [token for example in examples for token in example.response_ids]
     assert torch.equal(batch.input_ids_N[batch.rows_R + 1], batch.targets_R)  # each row's target follows it
     assert batch.weighted_rows == batch.num_rows == len(set(batch.rows_R.tolist()))
     starts = batch.cu_seqlens_U1[:-1].tolist()
-    for start, example in zip(starts, examples, strict=True):
-        prompt_length = reference_inputs(nano, example.audio_A)["input_ids"].shape[1]
+    for start, audio in zip(starts, audios, strict=True):
+        prompt_length = reference_inputs(nano, audio)["input_ids"].shape[1]
         rows = [row - start for row in batch.rows_R.tolist() if start <= row < start + prompt_length]
         assert rows == [prompt_length - 1]  # of the prompt, only its last position predicts the response
 
@@ -113,8 +123,9 @@ def test_audio_positions_are_the_placeholders_and_as_many_as_audio_tokens(
 
 def test_response_that_holds_the_audio_placeholder_gets_no_audio(nano: AsrModel, clips: list[Samples]) -> None:
     """A model can emit any token; its own placeholder in a response must not shift the audio of the batch."""
-    odd = Example(key="odd", audio_A=clips[0], response_ids=[5, nano.prompt.audio_id, 7])
-    batch = pack(nano, [odd, Example(key="next", audio_A=clips[1], response_ids=[5])])
+    first, second = mels_of(nano, clips[:2])
+    odd = Example(key="odd", mel_MF=first, response_ids=[5, nano.prompt.audio_id, 7])
+    batch = pack(nano, [odd, Example(key="next", mel_MF=second, response_ids=[5])])
 
     audio_tokens = sum(num_audio_tokens(n) for n in batch.mel_lengths_U.tolist())
     assert len(batch.audio_positions_P) == audio_tokens
@@ -122,11 +133,12 @@ def test_response_that_holds_the_audio_placeholder_gets_no_audio(nano: AsrModel,
 
 
 def test_weights_are_repeated_for_each_row_of_their_utterance(nano: AsrModel, clips: list[Samples]) -> None:
+    first, second = mels_of(nano, clips[:2])
     batch = pack(
         nano,
         [
-            Example(key="a", audio_A=clips[0], response_ids=[1, 2, 3], kl_weight=0.5, ce_weight=2.0),
-            Example(key="b", audio_A=clips[1], response_ids=[4], kl_weight=0.25, ce_weight=0.0),
+            Example(key="a", mel_MF=first, response_ids=[1, 2, 3], kl_weight=0.5, ce_weight=2.0),
+            Example(key="b", mel_MF=second, response_ids=[4], kl_weight=0.25, ce_weight=0.0),
         ],
     )
 
@@ -144,7 +156,7 @@ def test_packed_states_equal_one_by_one(nano: AsrModel, examples: list[Example])
 
 def test_other_audio_of_one_utterance_changes_its_rows_only(nano: AsrModel, examples: list[Example]) -> None:
     before = states_of(nano, pack(nano, examples))
-    other = Example(key="clip-2", audio_A=examples[2].audio_A[::-1].copy(), response_ids=examples[2].response_ids)
+    other = Example(key="clip-2", mel_MF=examples[2].mel_MF.flip(1), response_ids=examples[2].response_ids)
 
     after = states_of(nano, pack(nano, [*examples[:2], other, *examples[3:]]))
 
@@ -156,7 +168,7 @@ def test_other_audio_of_one_utterance_changes_its_rows_only(nano: AsrModel, exam
 
 def test_later_response_tokens_do_not_reach_back(nano: AsrModel, examples: list[Example]) -> None:
     changed = Example(
-        key="clip-2", audio_A=examples[2].audio_A, response_ids=[*examples[2].response_ids[:10], *range(200, 213)]
+        key="clip-2", mel_MF=examples[2].mel_MF, response_ids=[*examples[2].response_ids[:10], *range(200, 213)]
     )
 
     before, after = (states_of(nano, pack(nano, [examples[0], e, examples[3]])) for e in (examples[2], changed))
@@ -200,7 +212,7 @@ def test_gradient_reaches_hidden_states_at_response_rows_only(nano: AsrModel, ex
 @pytest.mark.parametrize("num_samples", [800, 7_999, 8_000, 8_159, 15_999, 16_000, 16_001, 40_000, 131_071])
 @pytest.mark.parametrize("response", [[1], [1, 2, 3, 4, 5]])
 def test_packed_length_is_known_without_the_audio(nano: AsrModel, num_samples: int, response: list[int]) -> None:
-    example = Example(key="x", audio_A=noise(num_samples, seed=0), response_ids=response)
+    example = Example(key="x", mel_MF=mels_of(nano, [noise(num_samples, seed=0)])[0], response_ids=response)
 
     told = num_packed_tokens(nano.prompt, duration_seconds=num_samples / 16_000, num_response_tokens=len(response))
 

@@ -115,10 +115,14 @@ def test_any_number_of_threads_packs_what_collating_all_at_once_gives(
 ) -> None:
     indices = [5, 1, 17, 3, 0, 18, 9, 2, 11]
     examples = [
-        Example(key=utterance.key, audio_A=read_audio(packed, utterance), response_ids=response.token_ids.tolist())
+        Example(
+            key=utterance.key,
+            mel_MF=log_mel(read_audio(packed, utterance), nano.extractor),
+            response_ids=response.token_ids.tolist(),
+        )
         for utterance, response in (dataset.rows[i] for i in indices)
     ]
-    expected = collate(examples, prompt=nano.prompt, extractor=nano.extractor)
+    expected = collate(examples, prompt=nano.prompt)
     threaded = LabelledSet(dataset.rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor, threads=threads)
 
     for chosen, whole in ((indices, expected), (indices[:1], dataset.batch(indices[:1]))):

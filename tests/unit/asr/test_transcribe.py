@@ -10,7 +10,7 @@ import torch
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.transcribe import Hypothesis, _head, _logits, transcribe
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH
-from tests.helpers.qwen import Samples, digit_entries, noise, reference_response_logits, reference_tokens
+from tests.helpers.qwen import Samples, digit_entries, mels_of, noise, reference_response_logits, reference_tokens
 
 LIMIT = 48
 
@@ -24,7 +24,7 @@ def audios(clips: list[Samples]) -> list[Samples]:
 
 @pytest.fixture(scope="module")
 def hypotheses(nano: AsrModel, audios: list[Samples]) -> list[Hypothesis]:
-    return transcribe(nano, audios, max_response_tokens=LIMIT)
+    return transcribe(nano, mels_of(nano, audios), max_response_tokens=LIMIT)
 
 
 def test_tokens_are_those_of_qwen_asr_clip_by_clip(
@@ -64,7 +64,7 @@ def test_neighbours_and_order_do_not_change_a_response(
     order = np.random.default_rng(0).permutation(len(audios)).tolist()
 
     for part in (order[:1], order[1:4], order[4:]):
-        again = transcribe(nano, [audios[i] for i in part], max_response_tokens=LIMIT)
+        again = transcribe(nano, mels_of(nano, [audios[i] for i in part]), max_response_tokens=LIMIT)
 
         assert [hypothesis.token_ids for hypothesis in again] == [hypotheses[i].token_ids for i in part]
         for i, hypothesis in zip(part, again, strict=True):
@@ -72,7 +72,7 @@ def test_neighbours_and_order_do_not_change_a_response(
 
 
 def test_equal_batches_give_equal_bits(nano: AsrModel, audios: list[Samples]) -> None:
-    first, second = (transcribe(nano, audios[:9], max_response_tokens=LIMIT) for _ in range(2))
+    first, second = (transcribe(nano, mels_of(nano, audios[:9]), max_response_tokens=LIMIT) for _ in range(2))
 
     assert first == second
 
@@ -94,7 +94,7 @@ def test_response_that_reaches_the_limit_is_cut_and_marked(
     limit = len(hypotheses[short].token_ids)
     assert limit < len(hypotheses[long].token_ids)
 
-    whole, cut = transcribe(nano, [clips[short], clips[long]], max_response_tokens=limit)
+    whole, cut = transcribe(nano, mels_of(nano, [clips[short], clips[long]]), max_response_tokens=limit)
 
     assert whole.token_ids == hypotheses[short].token_ids
     assert whole.ended_by == ENDED_BY_END_TOKEN
@@ -107,7 +107,7 @@ def test_response_that_reaches_the_limit_is_cut_and_marked(
 def test_silence_and_the_shortest_utterance_are_transcribed_like_the_reference(nano: AsrModel, reference: Any) -> None:
     audios = [np.zeros(1_600, np.float32), np.zeros(20_000, np.float32), noise(800, seed=0)]
 
-    hypotheses = transcribe(nano, audios, max_response_tokens=16)
+    hypotheses = transcribe(nano, mels_of(nano, audios), max_response_tokens=16)
 
     expected = [reference_tokens(reference, nano, audio, max_new_tokens=16) for audio in audios]
     assert [list(hypothesis.token_ids) for hypothesis in hypotheses] == expected

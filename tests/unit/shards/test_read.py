@@ -1,14 +1,15 @@
 """Reading ahead: the same samples, the next ones already under way."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shards import read
 from shards.errors import ShardError
 from shards.index import read_utterances
+from shards.read import read_ahead, read_many
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import make_recordings
 
@@ -23,26 +24,24 @@ def test_batches_come_in_order_with_their_own_samples(packed):
     utterances = read_utterances(packed)
     batches = [utterances[5:8], utterances[:5], utterances[8:]]
 
-    found = list(read.read_ahead(packed, batches))
+    found = list(read_ahead(partial(read_many, packed), batches))
 
     assert [len(samples) for samples in found] == [3, 5, 4]
     for batch, samples in zip(batches, found, strict=True):
-        for expected, got in zip(read.read_many(packed, batch), samples, strict=True):
+        for expected, got in zip(read_many(packed, batch), samples, strict=True):
             np.testing.assert_array_equal(got, expected)
-    assert list(read.read_ahead(packed, [])) == []
+    assert list(read_ahead(partial(read_many, packed), [])) == []
 
 
-def test_next_batch_is_read_while_the_present_one_is_in_use_and_no_later_one(packed, monkeypatch):
+def test_next_batch_is_loaded_while_the_present_one_is_in_use_and_no_later_one(packed):
     utterances = read_utterances(packed)
     begun = [threading.Event() for _ in range(4)]
-    read_many = read.read_many
 
-    def note(folder, batch):
+    def load(batch):
         begun[utterances.index(batch[0])].set()
-        return read_many(folder, batch)
+        return read_many(packed, batch)
 
-    monkeypatch.setattr(read, "read_many", note)
-    batches = read.read_ahead(packed, [[utterance] for utterance in utterances[:4]])
+    batches = read_ahead(load, [[utterance] for utterance in utterances[:4]])
 
     for number in range(4):
         next(batches)
@@ -53,7 +52,7 @@ def test_next_batch_is_read_while_the_present_one_is_in_use_and_no_later_one(pac
 def test_damage_is_told_with_the_batch_that_it_is_about(packed):
     utterances = read_utterances(packed)
     (packed / utterances[-1].shard).unlink()
-    batches = read.read_ahead(packed, [utterances[:1], utterances[-1:]])
+    batches = read_ahead(partial(read_many, packed), [utterances[:1], utterances[-1:]])
 
     assert len(next(batches)) == 1
     with pytest.raises(ShardError, match=rf"{utterances[-1].shard} must be readable, got 'No such file"):

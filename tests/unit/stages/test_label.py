@@ -14,6 +14,7 @@ from qad_dist.stages import label as stage
 from shards.errors import ModelError, ShardError
 from shards.index import read_utterances
 from shards.labels import read_labels
+from shards.read import read_many
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import make_recordings, number_of
 
@@ -47,7 +48,8 @@ def run(tmp_path: Path, nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
     begin_stage(config, "pack")
     pack_tones(recordings, config.stage_folder("pack"), utterances_per_shard=5)
     finish_stage(config, "pack", results={})
-    monkeypatch.setattr(stage, "load_teacher", lambda *_: SimpleNamespace(folder=nano_folder))
+    monkeypatch.setattr(stage, "load_teacher", lambda *_: SimpleNamespace(folder=nano_folder, extractor=None))
+    monkeypatch.setattr(stage, "mels_ahead", lambda folder, batches, _: (read_many(folder, b) for b in batches))
     monkeypatch.setattr(stage, "transcribe", transcribe)
     return config
 

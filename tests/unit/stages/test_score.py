@@ -210,7 +210,7 @@ class Model:
     """A model of which only the head is looked at; it can be watched."""
 
     def __init__(self, head: float) -> None:
-        self.model, self.folder = None, Path("unused")
+        self.model, self.folder, self.extractor = None, Path("unused"), None
         self.head_weight_VD = torch.full((3, 2), head)
 
 
@@ -227,8 +227,8 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     heard = Hypothesis((1, 2), (0.0, 0.0), "word", "English", ENDED_BY_END_TOKEN)
-    monkeypatch.setattr(score, "read_many", lambda _, utterances: utterances)
-    monkeypatch.setattr(score, "transcribe", lambda _, audios, **__: [heard] * len(audios))
+    monkeypatch.setattr(score, "mels_ahead", lambda folder, batches, extractor: batches)
+    monkeypatch.setattr(score, "transcribe", lambda _, mels, **__: [heard] * len(mels))
     monkeypatch.setattr(score, "_distances", lambda *args: [(0.5, 2)] * len(args[3]))
     monkeypatch.setattr(torch, "equal", counting("equal", torch.equal))
     monkeypatch.setattr(score, "count_errors", counting("count_errors", score.count_errors))
