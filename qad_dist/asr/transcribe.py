@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from qad_dist.asr.audio_tower import encode, num_audio_tokens
 from qad_dist.asr.load import AsrModel
+from qad_dist.head import FrozenHead
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH
 
 
@@ -50,9 +51,9 @@ def transcribe(model: AsrModel, mels: Sequence[Tensor], *, max_response_tokens: 
     running_B = torch.arange(len(mels), device=model.device)
     token_ids: list[list[int]] = [[] for _ in mels]
     logprobs: list[list[float]] = [[] for _ in mels]
-    head_DV = _head(model)
+    head = FrozenHead(model.head_weight_VD)
     for _ in range(max_response_tokens):
-        logits_BV = _logits(hidden_BTD[:, -1], head_DV)
+        logits_BV = head(hidden_BTD[:, -1])
         best_B = logits_BV.argmax(-1)
         logprob_B = logits_BV.gather(1, best_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
         for utterance, token, logprob in zip(running_B.tolist(), best_B.tolist(), logprob_B.tolist(), strict=True):
@@ -70,19 +71,6 @@ def transcribe(model: AsrModel, mels: Sequence[Tensor], *, max_response_tokens: 
         hidden_BTD = _decode(model, embeddings_B1D, mask_BT, position_B[:, None], cache)
         position_B = position_B + 1
     return [_hypothesis(model, ids, values) for ids, values in zip(token_ids, logprobs, strict=True)]
-
-
-def _head(model: AsrModel) -> Tensor:
-    """The LM head for :func:`_logits`: itself where a product of its dtype can end in float32, else a float32 copy."""
-    weight_VD = model.head_weight_VD
-    return (weight_VD if weight_VD.is_cuda else weight_VD.float()).T
-
-
-def _logits(hidden_BD: Tensor, head_DV: Tensor) -> Tensor:
-    """Float32 logits ``[B, V]``: rounded to bf16, the two best tokens are often equal."""
-    if hidden_BD.is_cuda and head_DV.dtype != torch.float32:
-        return torch.mm(hidden_BD, head_DV, out_dtype=torch.float32)
-    return hidden_BD.float() @ head_DV
 
 
 def _embed_prompts(model: AsrModel, mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qad_dist.head import FrozenHead
+
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
@@ -91,10 +93,10 @@ class _ChunkedDistillation(torch.autograd.Function):
         sums = torch.zeros(4, dtype=torch.float32, device=student_RD.device)
         gradient_RD = torch.empty_like(student_RD)
         counts_R = ((kl_weight_R > 0) | (ce_weight_R > 0)).float()
-        logits = _Logits(head_VD)
+        head = FrozenHead(head_VD)
         for start in range(0, len(targets_R), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            student_CV, teacher_CV = logits(student_RD[rows]), logits(teacher_RD[rows])
+            student_CV, teacher_CV = head(student_RD[rows]), head(teacher_RD[rows])
             agrees_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
             # In place where it can be: of a vocabulary of 151,936, each of these takes 0.6 GB at 1,024 rows.
             log_teacher_CV = F.log_softmax(teacher_CV.div_(temperature), dim=-1)
@@ -131,33 +133,16 @@ class _ChunkedDistillation(torch.autograd.Function):
         return gradient_RD * gradients[0], *([None] * 7)
 
 
-class _Logits:
-    """The frozen head applied to hidden states: float32 logits, whatever the dtype of the states.
-
-    Rounded to bf16, logits of 20 and more are off by 0.06, and the KL of two models that are as near as teacher and
-    INT8 student would be the rounding's.
-    """
-
-    def __init__(self, head_VD: Tensor) -> None:
-        self._in_gemm = head_VD.is_cuda and head_VD.dtype != torch.float32  # the product is summed in float32 anyway
-        self._head_DV = (head_VD if self._in_gemm else head_VD.float()).T
-
-    def __call__(self, states_CD: Tensor) -> Tensor:
-        if self._in_gemm:
-            return torch.mm(states_CD, self._head_DV, out_dtype=torch.float32)
-        return states_CD.float() @ self._head_DV
-
-
 @torch.no_grad()
 def row_metrics(
     student_RD: Tensor, teacher_RD: Tensor, head_VD: Tensor, targets_R: Tensor, *, chunk_rows: int
 ) -> RowMetrics:
     """KL, cross-entropy and agreement of each response row at temperature 1, for evaluation."""
     kl, ce, agrees = [], [], []
-    logits = _Logits(head_VD)
+    head = FrozenHead(head_VD)
     for start in range(0, len(targets_R), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        student_CV, teacher_CV = logits(student_RD[rows]), logits(teacher_RD[rows])
+        student_CV, teacher_CV = head(student_RD[rows]), head(teacher_RD[rows])
         agrees.append(student_CV.argmax(-1) == teacher_CV.argmax(-1))
         log_student_CV, log_teacher_CV = F.log_softmax(student_CV, dim=-1), F.log_softmax(teacher_CV, dim=-1)
         kl.append((log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1))
