@@ -197,7 +197,7 @@ FAULTS = {
     ),
     "model of another architecture": Fault(
         "label",
-        "{folder}/qwen3 must hold a qwen3_asr model, got 'qwen3'; ",
+        "{folder}/qwen3/config.json must name model_type 'qwen3_asr', got 'qwen3'; ",
         "name another folder",
         other_architecture,
         ("pack",),
