@@ -88,9 +88,10 @@ def fold_weights(model: nn.Module) -> None:
 
 
 def int8_bytes(model: Any) -> int:
-    """Bytes of the model's weights with the quantized Linears stored as INT8 and one float32 scale per output channel.
+    """Bytes of the model's weights as they are served: INT8 with one float32 scale per output channel, the rest bf16.
 
-    Computed, not written: a ModelOpt folder keeps the values in the dtype of the model.
+    Computed, not written: a ModelOpt folder keeps all values in the dtype of the model. The rest is frozen: it
+    is the base model's, in bf16, whatever the run computes in.
     """
     quantized = {name.removesuffix(".weight_quantizer") for name, _ in enabled_quantizers(model)}
     total = 0
@@ -99,5 +100,5 @@ def int8_bytes(model: Any) -> int:
         if owner in quantized and name.endswith(".weight"):
             total += parameter.numel() + 4 * parameter.shape[0]
         else:
-            total += parameter.numel() * parameter.element_size()
+            total += parameter.numel() * 2
     return total

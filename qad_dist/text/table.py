@@ -146,7 +146,7 @@ def _findings(score: dict[str, Any]) -> list[str]:
     overall = {name: system["overall"] for name, system in score["systems"].items()}
     findings = [
         "KL: to the teacher, nats per response token; top-1: tokens that the teacher would have chosen too.",
-        "disk: the folder as scored; INT8: the same model with its quantized weights stored in 8 bits.",
+        "disk: the folder as scored; INT8: the same model with quantized weights in 8 bits, the rest in bf16.",
     ]
     if worst := _worst_language(score):
         findings.append(f"{WORST} marks {_student(score)}'s highest error rate: {worst}.")
