@@ -251,8 +251,8 @@ def test_check_sees_a_transcript_that_differs_from_qwen_asr(
 
     honest = transcribe._embed_prompts
 
-    def deaf(model: Any, audios: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return honest(model, [np.zeros_like(audio) for audio in audios])
+    def deaf(model: Any, mels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return honest(model, [torch.zeros_like(mel_MF) for mel_MF in mels])
 
     monkeypatch.setattr(transcribe, "_embed_prompts", deaf)
 
