@@ -59,11 +59,15 @@ def write_labels(path: Path, header: LabelHeader, labels: Sequence[PseudoLabel])
         file.write(body)
 
 
-def read_labels(path: Path) -> tuple[LabelHeader, list[PseudoLabel]]:
+def read_labels(path: Path, *, shard_sha256: str | None = None) -> tuple[LabelHeader, list[PseudoLabel]]:
     """A whole label file, checked against the count and the hash in its header.
 
+    Args:
+        path: From :func:`label_path`.
+        shard_sha256: Hash in the index of the shard that it must label; None for any.
+
     Raises:
-        ShardError: It is missing, cut or damaged.
+        ShardError: It is missing, cut or damaged, or labels another shard.
     """
     try:
         first, newline, body = path.read_bytes().partition(b"\n")
@@ -78,6 +82,8 @@ def read_labels(path: Path) -> tuple[LabelHeader, list[PseudoLabel]]:
         labels = [_label(json.loads(line)) for line in body.decode().split("\n")[:-1]]
     except (ValueError, TypeError, KeyError) as cause:
         raise ShardError(f"{path} must hold one pseudo-label a line, got {cause}; {_REMEDY}") from cause
+    if shard_sha256 is not None and header.shard_sha256 != shard_sha256:
+        raise ShardError(f"{path} must label the shard that is in the index, got another one; label again")
     return header, labels
 
 

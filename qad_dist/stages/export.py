@@ -113,8 +113,8 @@ def _load(run: RunConfig, folder: Path) -> AsrModel:
 
 def _utterances(run: RunConfig) -> list[Utterance]:
     """Utterances to compare on: of the test split if there is one, at equal distances by duration."""
-    packed = read_utterances(run.stage_folder("pack"))
-    candidates = [u for u in packed if u.split == TEST] or packed
+    packed = run.stage_folder("pack")
+    candidates = read_utterances(packed, splits=[TEST]) or read_utterances(packed)
     candidates.sort(key=lambda u: (u.duration_seconds, u.key))
     wanted = min(run.export.verify_utterances, len(candidates))
     return [candidates[i * (len(candidates) - 1) // max(1, wanted - 1)] for i in range(wanted)]

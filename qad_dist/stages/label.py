@@ -99,7 +99,8 @@ def _label_own_shards(
     own = entries[world.rank :: world.world_size]
     begun, seconds, num_utterances = time.monotonic(), 0.0, 0
     # Without a terminal the bar would be a screenful of control characters: the log lines below tell the same.
-    for entry in tqdm(own, desc="label", unit="shard", disable=None if world.is_main else True):
+    progress = tqdm(own, desc="label", unit="shard", disable=None if world.is_main else True)
+    for number, entry in enumerate(progress, start=1):
         path = label_path(run.stage_folder("label"), entry.name)
         header = _header(run, entry, fingerprint)
         if _is_labelled(path, header):
@@ -113,7 +114,7 @@ def _label_own_shards(
         log.info(
             "event=labelled shard=%s utterances=%d audio_hours=%.3f rtfx=%.0f eta_seconds=%.0f",
             *(entry.name, num_utterances, seconds / 3600, rtfx),
-            sum(later.seconds for later in own[own.index(entry) + 1 :]) / rtfx,
+            sum(later.seconds for later in own[number:]) / rtfx,
         )
 
 
@@ -166,9 +167,7 @@ def _checked_labels(run: RunConfig, by_shard: dict[str, list[Utterance]]) -> Ite
     hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
     for shard, utterances in by_shard.items():
         path = label_path(run.stage_folder("label"), shard)
-        header, labels = read_labels(path)
-        if header.shard_sha256 != hashes[shard]:
-            raise ShardError(f"{path} must label the shard that is in the index, got another one; label again")
+        _, labels = read_labels(path, shard_sha256=hashes[shard])
         if [label.key for label in labels] != [utterance.key for utterance in utterances]:
             raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
         yield labels

@@ -96,7 +96,7 @@ def dry_run(run: RunConfig) -> None:
 
 
 def _utterances(run: RunConfig) -> list[Utterance]:
-    utterances = [u for u in read_utterances(run.stage_folder("pack")) if u.split in run.score.splits]
+    utterances = read_utterances(run.stage_folder("pack"), splits=run.score.splits)
     if all(utterance.reference is None for utterance in utterances):
         raise ShardError(
             f"score.splits must name splits with references, got {run.score.splits}: {len(utterances)} utterances, "

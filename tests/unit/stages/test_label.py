@@ -74,9 +74,9 @@ def test_each_utterance_gets_its_own_label_in_the_order_of_its_shard(run: RunCon
 def test_results_count_every_label_and_each_file_is_read_once_for_it(run, monkeypatch) -> None:
     reads: list[str] = []
 
-    def note(path: Path) -> object:
+    def note(path: Path, **options: str) -> object:
         reads.append(path.name)
-        return read_labels(path)
+        return read_labels(path, **options)
 
     monkeypatch.setattr(stage, "read_labels", note)
 

@@ -302,7 +302,7 @@ def test_dry_run_names_systems_and_downloads_nothing(
 def test_sets_without_any_reference_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, references: list[str | None], is_scored: bool
 ) -> None:
-    monkeypatch.setattr(score, "read_utterances", lambda _: [utterance(reference) for reference in references])
+    monkeypatch.setattr(score, "read_utterances", lambda _, splits: [utterance(reference) for reference in references])
 
     if is_scored:
         assert len(score._utterances(run_of(tmp_path))) == len(references)
