@@ -1,39 +1,60 @@
 """Pack audio into shards: CPU only, one program, many processes.
 
 python launch/pack.py --config configs/toy.yaml
-python launch/pack.py verify --config configs/toy.yaml
+python launch/pack.py --config configs/toy.yaml --array 3/16    # the fourth of sixteen jobs, after `plan`; then `merge`
+python launch/pack.py verify --config configs/toy.yaml          # every byte; --quick: sizes; --deep: every sample too
 python launch/pack.py stats --config configs/toy.yaml
 """
 
+import argparse
 import sys
 
 from qad_dist.config import RunConfig
 from qad_dist.runtime.program import run_program
 
 
-def _run(config: RunConfig) -> None:
+def _run(config: RunConfig, options: argparse.Namespace) -> None:
     from qad_dist.stages import pack
 
-    pack.run(config)
+    pack.run(config, array=options.array)
 
 
-def _verify(config: RunConfig) -> None:
+def _plan(config: RunConfig, options: argparse.Namespace) -> None:
     from qad_dist.stages import pack
 
-    pack.verify(config)
+    pack.plan(config)
 
 
-def _stats(config: RunConfig) -> None:
+def _merge(config: RunConfig, options: argparse.Namespace) -> None:
+    from qad_dist.stages import pack
+
+    pack.merge(config)
+
+
+def _verify(config: RunConfig, options: argparse.Namespace) -> None:
+    from qad_dist.stages import pack
+
+    pack.verify(config, quick=options.quick, deep=options.deep)
+
+
+def _stats(config: RunConfig, options: argparse.Namespace) -> None:
     from qad_dist.stages import pack
 
     pack.stats(config)
 
 
-def _dry_run(config: RunConfig) -> None:
+def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
     from qad_dist.stages import pack
 
     pack.dry_run(config)
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--array", metavar="I/N", help="pack the shards of job I (from 0) of N; `merge` ends the pack")
+    parser.add_argument("--quick", action="store_true", help="verify: compare sizes only")
+    parser.add_argument("--deep", action="store_true", help="verify: decode every utterance, too")
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(__doc__, {"run": _run, "verify": _verify, "stats": _stats}, dry_run=_dry_run))
+    commands = {"run": _run, "plan": _plan, "merge": _merge, "verify": _verify, "stats": _stats}
+    sys.exit(run_program(__doc__, commands, dry_run=_dry_run, add_options=_add_options))

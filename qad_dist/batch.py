@@ -39,7 +39,8 @@ class Batch:
     ce_weight_R: Tensor
     """float32: weight of each row in the cross-entropy term."""
     weighted_rows: int
-    """Rows that count: R, or 0 for a batch that only keeps the ranks together. On the host, so that nobody waits."""
+    """Rows that count, having a weight: R, but for utterances that could not be read; 0 for a batch that only keeps the
+    ranks together. On the host, so that nobody waits."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,15 +1,17 @@
 """Audio files in, 16 kHz mono float32 out; and the lossless FLAC that shards hold.
 
-libsndfile decodes; what it cannot read goes to PyAV (FFmpeg) where that is installed. Neither is trusted: the header is
-checked before anything is decoded, what was decoded is checked against the header, and samples must be numbers. An
-:class:`AudioError` here begins with a short kind before its first colon (``truncated: ...``), by which reports count.
+:mod:`shards.decoders` decodes, and is not trusted: the header is checked before anything is decoded, what was decoded
+is checked against the header, and samples must be numbers. An :class:`AudioError` here begins with a short kind before
+its first colon (``truncated: ...``), by which reports count.
 """
 
+import hashlib
 import io
 import math
 import os
-import re
 import stat
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,10 +20,13 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from shards.errors import AudioError
-from shards.schema import SAMPLE_RATE_HZ
+from shards.decoders import Block, Sound, header_frames, open_sound, open_sound_file, reason_of
+from shards.errors import AudioError, SourceError
+from shards.schema import SAMPLE_RATE_HZ, Recording
 
 Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int16]
+"""Samples as shards hold them: 16-bit integers, 32768 times the sample."""
 
 MAX_SECONDS = 1200.0
 """qwen-asr takes no longer audio in one piece."""
@@ -29,27 +34,51 @@ MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
 MAX_CHANNELS = 32
 MAX_PEAK = 4.0
 """Decoders overshoot 1.0 a little; beyond this a float file holds something else than samples in [-1, 1]."""
+MAX_BYTES = 2 << 30
+"""Of an audio file that is read into memory: one within another file, or at a remote address."""
 
-_BLOCK_FRAMES = 1 << 16
-# Lengths that libsndfile reports for streams whose header does not tell one.
-_UNKNOWN_FRAMES = 1 << 52
-# Sizes that programs write into a WAV header when they stream and cannot go back to mend it.
-_STREAMED_BYTES = 0x7FFF_0000
-# An MP3's length is counted in MPEG frames of 1,152; the last ones may be padding that the decoder leaves out.
-_MP3_SLACK_FRAMES = 2 * 1152
-_AV_SLACK_SECONDS = 0.25
-# FFmpeg also opens playlists and lists of other files (and addresses): only plain containers are let through.
-_AV_CONTAINERS = "mov,mp4,m4a,matroska,webm,aac,flac,wav,w64,mp3,ogg,asf,amr,aiff,caf,au"
-# Containers without an index, whose length FFmpeg only estimates.
-_AV_ESTIMATED = {"aac", "mp3", "amr"}
+# Tables of stretches are rounded, and tell where a recording ends before its encoder padded or trimmed it.
+_OUTSIDE_SECONDS = 0.1
+# A mean with a thousandth of its channels' power is what cancelling leaves, not speech.
+_CANCELLED_SHARE = 1e-3
+# Of compressed speech, where nothing better is known: 128 kbit/s.
+_GUESSED_BYTES_PER_SECOND = 16_000
+_CODES_PER_UNIT = np.float32(32768)
 
 
-class _UnreadableError(AudioError):
-    """libsndfile cannot read this file; another decoder might."""
+def stream(
+    file: BinaryIO,
+    *,
+    start_seconds: float | None = None,
+    num_seconds: float | None = None,
+    min_seconds: float = 0.0,
+    max_seconds: float = MAX_SECONDS,
+) -> Iterator[Samples]:
+    """Decode an audio file, or a stretch of it, block by block; memory does not grow with its length.
+
+    Args:
+        file: As :func:`open_recording` gives it.
+        start_seconds: Where the stretch begins, to the nearest frame; None: at the beginning.
+        num_seconds: How long it lasts; None: to the end.
+        min_seconds: A shorter recording or stretch is refused.
+        max_seconds: A longer one is refused before it is decoded, if its header tells the length.
+
+    Yields:
+        Samples in [-1, 1] at 16 kHz, the mean of all channels. Joined they are the whole, however long the blocks are.
+
+    Raises:
+        AudioError: The file is no audio, is damaged, breaks a limit, or ends before the stretch does. This may be
+            known only at the end: what was given before is then not to be used.
+    """
+    with open_sound(file) as sound:
+        limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
+        first, last = _frames_of_stretch(sound, start_seconds or 0.0, num_seconds)
+        _check_told(sound, first, last, limits)
+        yield from _resample(_checked(sound, first, last, limits), sound.rate_hz)
 
 
 def decode(path: str | Path, *, min_seconds: float = 0.0, max_seconds: float = MAX_SECONDS) -> Samples:
-    """Decode an audio file.
+    """Decode an audio file; :func:`stream` in one piece.
 
     Args:
         path: A regular file; pipes and devices are refused, since opening them could wait for ever.
@@ -63,45 +92,127 @@ def decode(path: str | Path, *, min_seconds: float = 0.0, max_seconds: float = M
         AudioError: The file is no audio, is damaged, or breaks a limit.
     """
     with _open_regular(path) as file:
-        return _decode(file, min_seconds, max_seconds)
+        return np.concatenate(list(stream(file, min_seconds=min_seconds, max_seconds=max_seconds)))
 
 
 def decode_bytes(data: bytes, *, min_seconds: float = 0.0, max_seconds: float = MAX_SECONDS) -> Samples:
     """Decode the bytes of an audio file; as :func:`decode`."""
-    return _decode(io.BytesIO(data), min_seconds, max_seconds)
+    return np.concatenate(list(stream(io.BytesIO(data), min_seconds=min_seconds, max_seconds=max_seconds)))
+
+
+@contextmanager
+def open_recording(recording: Recording) -> Generator[BinaryIO]:
+    """Open the audio file of a recording: a file, a part of one, or what lies at a remote address.
+
+    Raises:
+        AudioError: It is not there or not a regular file, its part of the file is cut, or it is too large to be read
+            into memory.
+        SourceError: A package that the address needs is missing.
+    """
+    if recording.path.startswith(("http://", "https://", "s3://")):
+        yield io.BytesIO(_read_remote(recording))
+        return
+    with _open_regular(recording.path) as file:
+        if recording.offset_bytes is None:
+            yield file
+        else:
+            yield io.BytesIO(_read_part(file, recording.offset_bytes, recording.num_bytes))
+
+
+def estimate_seconds(recording: Recording) -> float:
+    """About how long a recording lasts, from what it costs nothing to know; never raises."""
+    if recording.told_seconds is not None:
+        return recording.told_seconds
+    if recording.num_bytes is not None:
+        return recording.num_bytes / _GUESSED_BYTES_PER_SECOND
+    seconds = _seconds_by_first_bytes(recording.path) or header_seconds(recording.path)
+    if seconds is None:
+        try:
+            seconds = Path(recording.path).stat().st_size / _GUESSED_BYTES_PER_SECOND
+        except (OSError, ValueError):
+            seconds = 0.0
+    return max(0.0, seconds - (recording.start_seconds or 0.0))
+
+
+def _seconds_by_first_bytes(path: str) -> float | None:
+    """What FLAC and plain WAV say in their first bytes, at a tenth of the cost of opening them with libsndfile."""
+    try:
+        with _open_regular(path) as file:
+            head, size = file.read(44), os.fstat(file.fileno()).st_size
+    except (AudioError, OSError):
+        return None
+    if head[:4] == b"fLaC" and len(head) > 25:
+        packed = int.from_bytes(head[18:26], "big")  # 20 bits of rate, 3 of channels, 5 of depth, 36 of samples
+        rate_hz, frames = packed >> 44, packed & ((1 << 36) - 1)
+        return frames / rate_hz if rate_hz and frames else None
+    if head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt " and len(head) > 31:
+        bytes_per_second = int.from_bytes(head[28:32], "little")
+        return (size - len(head)) / bytes_per_second if bytes_per_second else None
+    return None
 
 
 def header_seconds(path: str | Path) -> float | None:
     """A recording's duration as its header tells it, decoding nothing; None if libsndfile finds no length."""
     try:
-        with _open_regular(path) as file, _open_sound(file) as sound:
-            return sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
+        with _open_regular(path) as file:
+            found = header_frames(file)
     except AudioError:
         return None
+    return found and found[0] / found[1]
 
 
-def encode_flac(samples: Samples) -> bytes:
-    """16-bit mono 16 kHz FLAC; equal samples give equal bytes. Values that came from 16 bits come back unchanged."""
-    codes = np.clip(np.rint(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
+def codes_of(samples: Samples) -> Codes:
+    """Samples as 16-bit integers, rounded to the nearest and clipped; those that came from 16 bits are unchanged."""
+    scaled = samples * _CODES_PER_UNIT
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -32768, 32767, out=scaled)
+    return scaled.astype(np.int16)
+
+
+def digest(codes: Codes) -> bytes:
+    """16 bytes that are equal for equal audio, however it was stored before: MD5, which FLAC's header has as well."""
+    return hashlib.md5(codes.astype("<i2", copy=False).tobytes(), usedforsecurity=False).digest()
+
+
+def digest_of_flac(data: bytes) -> bytes:
+    """:func:`digest` of what :func:`encode_flac` encoded, by what libFLAC wrote into the header."""
+    return data[26:42]
+
+
+def encode_flac(audio: Samples | Codes) -> bytes:
+    """16-bit mono 16 kHz FLAC of samples or their codes; equal codes give equal bytes."""
+    codes: Any = audio if audio.dtype == np.int16 else codes_of(audio)
     file = io.BytesIO()
     soundfile.write(file, codes, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
-def decode_flac(data: bytes) -> Samples:
+def decode_flac_codes(data: bytes) -> Codes:
     """The reverse of :func:`encode_flac`: nothing but such FLAC is accepted.
 
     Raises:
         AudioError: It is something else, or damaged.
     """
-    file = io.BytesIO(data)
-    with _open_sound(file) as sound:
-        if (sound.format, sound.samplerate, sound.channels) != ("FLAC", SAMPLE_RATE_HZ, 1):
+    with open_sound_file(io.BytesIO(data)) as sound:
+        told = sound.frames
+        if (sound.format, sound.subtype, sound.samplerate, sound.channels) != ("FLAC", "PCM_16", SAMPLE_RATE_HZ, 1):
             raise AudioError(
                 f"format: must be mono 16 kHz FLAC, got {sound.format} at {sound.samplerate} Hz with "
-                f"{sound.channels} channels"
+                f"{sound.channels} channels of {sound.subtype}"
             )
-        return _read_blocks(sound, max_frames=round(MAX_SECONDS * SAMPLE_RATE_HZ))
+        check_header(rate_hz=SAMPLE_RATE_HZ, channels=1, frames=told, min_seconds=0.0, max_seconds=MAX_SECONDS)
+        try:
+            codes: Any = sound.read(dtype="int16")
+        except (soundfile.SoundFileError, RuntimeError) as cause:
+            raise AudioError(f"damaged: {reason_of(cause)}") from cause
+    if len(codes) < told:
+        raise AudioError(f"truncated: the header promises {told} frames, got {len(codes)}")
+    return codes
+
+
+def decode_flac(data: bytes) -> Samples:
+    """Those codes as samples in [-1, 1]; as :func:`decode_flac_codes`."""
+    return decode_flac_codes(data) * np.float32(1 / 32768)
 
 
 def check_header(*, rate_hz: int, channels: int, frames: int | None, min_seconds: float, max_seconds: float) -> None:
@@ -132,22 +243,128 @@ def check_header(*, rate_hz: int, channels: int, frames: int | None, min_seconds
         raise AudioError(f"too short: must be at least {min_seconds:g} s, got {seconds:.3f} s")
 
 
-def _decode(file: BinaryIO, min_seconds: float, max_seconds: float) -> Samples:
-    limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
-    try:
-        samples, rate_hz = _read_with_libsndfile(file, limits)
-    except _UnreadableError as cause:
-        samples, rate_hz = _read_with_av(file, limits, cause)
-    check_header(rate_hz=rate_hz, channels=1, frames=len(samples), **limits)
-    if not np.isfinite(samples).all():
-        raise AudioError("not finite: samples must be numbers, got NaN or infinity")
-    if (peak := float(np.abs(samples).max())) > MAX_PEAK:
-        raise AudioError(f"out of range: samples must be within [-1, 1], got a peak of {peak:.3g}")
-    if rate_hz != SAMPLE_RATE_HZ:
-        samples = soxr.resample(samples, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
-    if not len(samples):
+def _frames_of_stretch(sound: Sound, start_seconds: float, num_seconds: float | None) -> tuple[int, int | None]:
+    """The first frame and the one behind the last; None: to the end."""
+    first = round(start_seconds * sound.rate_hz)
+    return first, None if num_seconds is None else round((start_seconds + num_seconds) * sound.rate_hz)
+
+
+def _check_told(sound: Sound, first: int, last: int | None, limits: dict[str, float]) -> None:
+    """Refuse by the header, before anything is decoded."""
+    shape, told = {"rate_hz": sound.rate_hz, "channels": sound.channels}, sound.frames
+    most = least = None if last is None else last - first
+    if told is not None:
+        check_header(**shape, frames=told, min_seconds=0.0, max_seconds=math.inf)
+        _refuse_outside(sound.rate_hz, first, last, told)
+        end = told if last is None else min(last, told)
+        most, least = end - first, max(1, min(end, told - sound.slack_frames) - first)
+    # Padding that the decoder may leave out makes a recording neither too long nor too short.
+    check_header(**shape, frames=most, min_seconds=limits["min_seconds"], max_seconds=math.inf)
+    check_header(**shape, frames=least, min_seconds=0.0, max_seconds=limits["max_seconds"])
+
+
+def _refuse_outside(rate_hz: int, first: int, last: int | None, frames: int) -> None:
+    """A stretch may end a little later than the recording, but not begin there."""
+    end = first + 1 if last is None else last
+    if not 0 <= first < min(end, frames) or end - frames > _OUTSIDE_SECONDS * rate_hz:
+        raise AudioError(
+            f"outside: a stretch must lie within its recording of {frames / rate_hz:.2f} s, got "
+            f"{first / rate_hz:.2f} s to {end / rate_hz:.2f} s"
+        )
+
+
+def _checked(sound: Sound, first: int, last: int | None, limits: dict[str, float]) -> Iterator[Samples]:
+    """Frames ``first`` to ``last`` as one channel at the file's own rate, none of them missing or senseless."""
+    mix, got, rate_hz = _Mix(), 0, sound.rate_hz
+    for block in sound.read(first, last):
+        samples = mix(block)
+        peak = max(float(samples.max()), -float(samples.min()))  # of samples among which one is NaN: NaN
+        if not peak < math.inf:
+            raise AudioError("not finite: samples must be numbers, got NaN or infinity")
+        if peak > MAX_PEAK:
+            raise AudioError(f"out of range: samples must be within [-1, 1], got a peak of {peak:.3g}")
+        got += len(samples)
+        if got > limits["max_seconds"] * rate_hz:
+            break
+        yield samples
+    else:
+        told = sound.frames
+        if told is not None and got < min(told - sound.slack_frames, last or told) - first:
+            raise AudioError(f"truncated: the header promises {told} frames, got {first + got}")
+        if first or last is not None:
+            _refuse_outside(rate_hz, first, last, first + got)
+    check_header(rate_hz=rate_hz, channels=1, frames=got, **limits)
+
+
+class _Mix:
+    """The mean of the channels, until they cancel each other; from there on the loudest of them.
+
+    A microphone wired the wrong way round gives two channels of opposite sign, whose mean is silence although both
+    hold the same speech. One channel is then the recording, and changing back could only add steps.
+    """
+
+    def __init__(self) -> None:
+        self._channel: int | None = None
+
+    def __call__(self, block: Block) -> Samples:
+        if block.shape[1] == 1:
+            return block[:, 0]
+        if self._channel is None:
+            mean = block.mean(axis=1, dtype=np.float32)
+            powers = np.einsum("fc,fc->c", block, block)
+            if np.dot(mean, mean) >= _CANCELLED_SHARE * powers.mean():
+                return mean
+            self._channel = int(powers.argmax())
+        return block[:, min(self._channel, block.shape[1] - 1)]
+
+
+def _resample(blocks: Iterator[Samples], rate_hz: int) -> Iterator[Samples]:
+    is_empty = True
+    for samples in blocks if rate_hz == SAMPLE_RATE_HZ else _resampled(blocks, rate_hz):
+        if len(samples):
+            is_empty = False
+            yield np.clip(samples, -1.0, 1.0)
+    if is_empty:
         raise AudioError("empty: too short for one sample at 16 kHz")
-    return np.clip(samples, -1.0, 1.0).astype(np.float32, copy=False)
+
+
+def _resampled(blocks: Iterator[Samples], rate_hz: int) -> Iterator[Samples]:
+    # Gives the same samples as resampling all at once, bit for bit.
+    resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield resampler.resample_chunk(np.ascontiguousarray(block))
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _read_remote(recording: Recording) -> bytes:
+    # Imported with the first address only.
+    from shards.places import Place
+
+    try:
+        with Place.of(recording.path).open(is_read_once=recording.offset_bytes is None) as file:
+            return _read_part(file, recording.offset_bytes, recording.num_bytes)
+    except OSError as cause:
+        raise AudioError(f"unreadable: {cause.strerror or cause}") from cause
+    except SourceError as error:
+        # What is not there is one recording less; a package that is missing concerns them all.
+        if error.__cause__ is None or isinstance(error.__cause__, ImportError):
+            raise
+        raise AudioError(f"unreadable: {error}") from error
+
+
+def _read_part(file: BinaryIO, offset_bytes: int | None, num_bytes: int | None) -> bytes:
+    if offset_bytes is not None:
+        file.seek(offset_bytes)
+    wanted = MAX_BYTES + 1 if num_bytes is None else num_bytes
+    data = io.BytesIO()
+    # A raw file may give less than it is asked for.
+    while data.tell() < min(wanted, MAX_BYTES + 1) and (block := file.read(min(1 << 20, wanted - data.tell()))):
+        data.write(block)
+    if data.tell() > MAX_BYTES:
+        raise AudioError(f"too large: must be at most {MAX_BYTES} bytes, got more")
+    if num_bytes is not None and data.tell() < num_bytes:
+        raise AudioError(f"truncated: must be {num_bytes} bytes from byte {offset_bytes}, got {data.tell()}")
+    return data.getvalue()
 
 
 def _open_regular(path: str | Path) -> BinaryIO:
@@ -165,107 +382,3 @@ def _open_regular(path: str | Path) -> BinaryIO:
 
 def _is_regular(descriptor: int) -> bool:
     return stat.S_ISREG(os.fstat(descriptor).st_mode)
-
-
-def _open_sound(file: BinaryIO) -> soundfile.SoundFile:
-    # By descriptor or by bytes: given a name, soundfile believes its suffix (`.raw`, `.mp3`) more than the contents.
-    source: Any = file if isinstance(file, io.BytesIO) else file.fileno()
-    try:
-        return soundfile.SoundFile(source, closefd=False)
-    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as cause:
-        raise _UnreadableError(f"unreadable: {_reason(cause)}") from cause
-
-
-def _read_with_libsndfile(file: BinaryIO, limits: dict[str, float]) -> tuple[Samples, int]:
-    with _open_sound(file) as sound:
-        rate_hz, told = sound.samplerate, sound.frames if sound.frames < _UNKNOWN_FRAMES else None
-        _refuse_truncated(sound, file)
-        check_header(rate_hz=rate_hz, channels=sound.channels, frames=told, **limits)
-        samples = _read_blocks(sound, max_frames=math.floor(limits["max_seconds"] * rate_hz))
-        slack = _MP3_SLACK_FRAMES if sound.format == "MP3" else 0
-    if told is not None and len(samples) < told - slack:
-        raise AudioError(f"truncated: the header promises {told} frames, got {len(samples)}")
-    return samples, rate_hz
-
-
-def _read_blocks(sound: soundfile.SoundFile, *, max_frames: int) -> Samples:
-    """All frames as one channel, or a few more than ``max_frames`` of them."""
-    blocks: list[Samples] = [np.zeros(0, np.float32)]
-    frames = 0
-    try:
-        while frames <= max_frames and len(block := sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-            blocks.append(block.mean(axis=1, dtype=np.float32))
-            frames += len(block)
-    except (soundfile.SoundFileError, RuntimeError, ValueError) as cause:
-        raise _UnreadableError(f"damaged: {_reason(cause)}") from cause
-    return np.concatenate(blocks)
-
-
-def _refuse_truncated(sound: soundfile.SoundFile, file: BinaryIO) -> None:
-    """Notice files that were cut: libsndfile reads them as shorter ones and says so only in its log."""
-    if sound.format == "OGG":
-        position = file.tell()  # libsndfile reads on from here
-        file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 17)))
-        tail = file.read()
-        file.seek(position)
-        page = tail[max(0, tail.rfind(b"OggS")) :]
-        # Byte 5 of a page holds its flags (4: the last one of a stream), byte 26 the number of lengths that follow.
-        is_whole = len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-        if not is_whole:
-            raise AudioError("truncated: the last Ogg page is missing or cut")
-        return
-    # RIFF's own size covers trailing chunks too and is often wrong in sound files that play well.
-    names = "data|SSND|Data Size" if sound.format in ("WAV", "WAVEX") else "data|SSND|Data Size|riff|Riff size"
-    for match in re.finditer(rf"(?m)^\s*(?:{names})\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info):
-        told, found = int(match[1]), int(match[2])
-        if found < told < _STREAMED_BYTES:
-            raise AudioError(f"truncated: the header promises {told} bytes, got {found}")
-
-
-def _read_with_av(file: BinaryIO, limits: dict[str, float], cause: AudioError) -> tuple[Samples, int]:
-    try:
-        import av
-    except ImportError:
-        raise cause from None
-    file.seek(0)
-    try:
-        with av.open(file, mode="r", options={"format_whitelist": _AV_CONTAINERS}) as container:
-            streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
-            if not streams or not streams[0].codec_context.channels:
-                raise cause
-            return _read_av_stream(container, streams[0], limits)
-    except (av.error.FFmpegError, ValueError, OSError) as av_cause:
-        if isinstance(av_cause, AudioError):
-            raise
-        raise cause from av_cause
-
-
-def _read_av_stream(container: Any, stream: Any, limits: dict[str, float]) -> tuple[Samples, int]:
-    import av
-
-    rate_hz, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-    duration = (
-        float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
-    )
-    told = round(duration * rate_hz) if duration > 0 and container.format.name not in _AV_ESTIMATED else None
-    check_header(rate_hz=rate_hz, channels=channels, frames=told, **limits)
-    # Changes the number format only. Interleaved: PyAV 18 crashes on 8 or more separate planes.
-    resampler = av.AudioResampler(format="flt")
-    blocks, frames, max_frames = [np.zeros(0, np.float32)], 0, limits["max_seconds"] * rate_hz
-    for frame in container.decode(stream):
-        if (frame.sample_rate, frame.layout.nb_channels) != (rate_hz, channels):
-            raise AudioError("format: sample rate or channels change within the file")
-        for converted in resampler.resample(frame):
-            blocks.append(converted.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32))
-            frames += converted.samples
-        if frames > max_frames:
-            break
-    if told is not None and frames < told - _AV_SLACK_SECONDS * rate_hz:
-        raise AudioError(f"truncated: the header promises {told} frames, got {frames}")
-    return np.concatenate(blocks), rate_hz
-
-
-def _reason(error: Exception) -> str:
-    """What a decoder said. The text of libsndfile's errors can itself fail to be made from undecodable bytes."""
-    text = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
-    return " ".join(text.split()).removeprefix("Error : ").rstrip(".")

@@ -22,17 +22,17 @@ LANGUAGES = (
 )
 """As the model writes them in ``language <name>``."""
 
-# ISO 639-1, 639-2 (both forms) and 639-3 codes, and further names.
+# ISO 639-1, 639-2 (both forms) and 639-3 codes, and further names; `_` stands for what separates parts.
 _ALIASES = {
-    "Chinese": "zh zho chi cmn mandarin",
+    "Chinese": "zh zho chi cmn mandarin mandarin_chinese",
     "English": "en eng",
-    "Cantonese": "yue zh_yue zh_hk",  # Common Voice's zh-HK is spoken Cantonese
+    "Cantonese": "yue zh_yue zh_hk cantonese_chinese",  # Common Voice's zh-HK is spoken Cantonese
     "Arabic": "ar ara arb",
     "German": "de deu ger",
     "French": "fr fra fre",
     "Spanish": "es spa",
     "Portuguese": "pt por",
-    "Indonesian": "id ind",
+    "Indonesian": "id ind bahasa_indonesia",
     "Italian": "it ita",
     "Korean": "ko kor",
     "Russian": "ru rus",
@@ -41,7 +41,7 @@ _ALIASES = {
     "Japanese": "ja jpn",
     "Turkish": "tr tur",
     "Hindi": "hi hin",
-    "Malay": "ms msa may zsm",
+    "Malay": "ms msa may zsm bahasa_melayu",
     "Dutch": "nl nld dut",
     "Swedish": "sv swe",
     "Danish": "da dan",
@@ -63,7 +63,7 @@ def language_name(value: str | None) -> str | None:
 
     Args:
         value: A name in any case (``vietnamese``), or a code, also with script and region (``vi``, ``vi_vn``,
-            ``cmn_hans_cn``, ``pt-BR``); None or blank if the language is not known.
+            ``cmn_hans_cn``, ``pt-BR``, ``zh-TW``); None or blank if the language is not known.
 
     Raises:
         SourceError: The value is not one of the model's languages.
@@ -73,10 +73,12 @@ def language_name(value: str | None) -> str | None:
         return None
     parts = code.split("_")
     # A region decides only where it is listed (zh_hk); and a subtag can only follow a code, never a whole name.
-    candidates = [code, "_".join(parts[:2]), parts[0] if len(parts[0]) <= 3 else ""]
+    region = f"{parts[0]}_{parts[-1]}"
+    candidates = [re.sub(r"\s+", "_", code), "_".join(parts[:2]), region, parts[0] if len(parts[0]) <= 3 else ""]
     for candidate in candidates:
         if candidate in _NAMES:
             return _NAMES[candidate]
     raise SourceError(
-        f"language must be one of {', '.join(LANGUAGES)} or a code of one, got {value!r}; mend the source"
+        f"language must be one of {', '.join(LANGUAGES)} or a code of one, got {value!r}; mend the source, or leave "
+        "recordings in other languages out of it"
     )

@@ -15,13 +15,22 @@ ENDED_BY_END_TOKEN, ENDED_BY_LENGTH = "end_token", "length"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One entry of a source: an audio file as delivered, and what is known about it."""
+    """One entry of a source: an audio file as delivered or a stretch of one, and what is known about it."""
 
     path: str
+    """A file's path, or its ``http(s)://`` or ``s3://`` address."""
     key: str
-    """Unique in the source, ``[a-z0-9_-]+``."""
+    """Unique in the corpus, ``[a-z0-9_-]+``."""
     source: str
     """Name of the source (the manifest's folder), for reports."""
+    offset_bytes: int | None = None
+    """Where the audio file begins in ``path``, if that is a plain tar or another file of files; else None."""
+    num_bytes: int | None = None
+    """Size of the audio file in ``path``; None where ``offset_bytes`` is None."""
+    start_seconds: float | None = None
+    """Where the stretch begins in the audio file; None for the whole file."""
+    told_seconds: float | None = None
+    """How long the source says that the stretch, or the whole file, lasts."""
     language: str | None = None
     """One of the model's 30 language names."""
     speaker: str | None = None
@@ -29,8 +38,11 @@ class Recording:
     """Human transcript, if there is one."""
     split: str | None = None
     """The source's own split name, mapped by ``pack.splits``; None lets ``pack.holdout`` decide."""
-    told_seconds: float | None = None
-    """What the source says it lasts: a longer file holds more than the source means by this recording."""
+    audio_name: str | None = None
+    """Of a member of a WebDataset tar: its name."""
+    json_offset: int | None = None
+    """Of such a member: where the record beside it begins in the tar; None if there is none."""
+    json_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +51,26 @@ class Utterance:
 
     key: str
     shard: str
-    """File name of the tar, beside the index."""
+    """Name of the shard in the index, which says where its tar is."""
+    audio_name: str
+    """Name of the audio's member in the tar: ``<key>.flac`` where this project wrote it."""
     audio_offset: int
-    """Byte offset of the FLAC member's data in the tar."""
+    """Byte offset of that member's data in the tar."""
     audio_bytes: int
     json_offset: int
+    """Of the member with the record; 0, as its size, in a tar that has none and is indexed in place."""
     json_bytes: int
     duration_seconds: float
+    """Samples at 16 kHz, as decoded, divided by 16,000."""
+    start_seconds: float
+    """Where the utterance begins in its recording; above 0 only for a piece of one."""
+    recording: str
+    """Key of the recording that it is, or is a piece of."""
     split: str
     language: str | None
     speaker: str | None
     reference: str | None
+    """Human transcript of just this utterance; None for the pieces of a longer recording."""
     source: str
 
 

@@ -1,23 +1,29 @@
 """Which recordings are train, heldout or test: decided once, before anything is decoded. Pure: no I/O."""
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+import numpy.typing as npt
+
+from shards.columns import Columns
 from shards.errors import ConfigError
-from shards.schema import HELDOUT, TRAIN, Recording
+from shards.schema import HELDOUT, SPLITS, TRAIN, Recording
+
+Codes = npt.NDArray[np.int64]
 
 
 def assign_splits(
-    recordings: Sequence[Recording], *, splits: Mapping[str, str], holdout: float, holdout_by: str, seed: int
-) -> list[str]:
-    """The split of each recording.
+    recordings: Columns[Recording], *, splits: Mapping[str, str], holdout: float, holdout_by: str, seed: int
+) -> Codes:
+    """The split of each recording, as a place in :data:`~shards.schema.SPLITS`.
 
     What the source calls by a name is mapped by ``splits``. Of what is then train, or has no name, a share is set aside
     per language as held-out: whole speakers where they are known (one who is set aside is so in all languages), else
-    single recordings. Nobody is set aside who is the last one left of a language. A language of which nobody can be
-    (one speaker, or several who are each the last one of another) gives single recordings, so that these speakers are
-    on both sides. At least one group stays in train.
+    single recordings; stretches of one file go together where no speaker is known. Nobody is set aside who is the last
+    one left of a language. A language of which nobody can be (one speaker, or several who are each the last one of
+    another) gives single recordings, so that these speakers are on both sides. At least one group stays in train.
 
     Args:
         recordings: With unique keys; their order does not matter.
@@ -30,73 +36,100 @@ def assign_splits(
     Raises:
         ConfigError: A source's split is not in ``splits``.
     """
-    _refuse_unknown_splits(recordings, splits)
-    mapped = [TRAIN if recording.split is None else splits[recording.split] for recording in recordings]
-    if holdout == 0:
-        return mapped
-    numbers = [number for number, split in enumerate(mapped) if split == TRAIN]
-    speakers = {number: _group(recordings[number], holdout_by) for number in numbers}
-    keys = {number: _group(recordings[number], "recording") for number in numbers}
-    languages = {number: recordings[number].language or "" for number in numbers}
-    held = _choose(languages, speakers, holdout=holdout, seed=seed)
-    settled = {languages[number] for number in numbers if speakers[number] in held}
-    by_recording = {number: language for number, language in languages.items() if language not in settled}
-    held |= _choose(by_recording, keys, holdout=holdout, seed=seed)
-    return [
-        HELDOUT if speakers.get(number) in held or keys.get(number) in held else split
-        for number, split in enumerate(mapped)
-    ]
+    assigned = _mapped(recordings, splits)
+    train, heldout = SPLITS.index(TRAIN), SPLITS.index(HELDOUT)
+    rows = np.flatnonzero(assigned == train)
+    if holdout == 0 or not len(rows):
+        return assigned
+    for grouped_by in dict.fromkeys([holdout_by, "recording"]):  # the second for languages that gave nobody
+        members = recordings.take(rows)
+        languages, _ = members.codes("language")
+        groups, names = _groups(members, grouped_by)
+        held = _choose(languages, groups, seeded_ranks(seed, names), holdout=holdout)[groups]
+        assigned[rows[held]] = heldout
+        rows = rows[~np.isin(languages, np.unique(languages[held]))]
+    return assigned
 
 
-def seeded_rank(seed: int, name: str) -> str:
-    """Sort by this for an order that is random, yet the same everywhere and whatever else is in the set."""
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+def seeded_ranks(seed: int, names: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """Sort by these for an order that is random, yet the same everywhere and whatever else is in the set."""
+    digests = (hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
+    return np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64)
 
 
-def _choose(languages: Mapping[int, str], groups: Mapping[int, str], *, holdout: float, seed: int) -> set[str]:
-    """Groups to set aside, given language and group of each recording; one group at least stays in each language."""
-    sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for number, language in languages.items():
-        sizes[language][groups[number]] += 1
-    homes: defaultdict[str, list[str]] = defaultdict(list)
-    for language, counts in sizes.items():
-        for group in counts:
-            homes[group].append(language)
-    left = {language: len(counts) for language, counts in sizes.items()}
-    held: set[str] = set()
+def _mapped(recordings: Columns[Recording], splits: Mapping[str, str]) -> Codes:
+    codes, names = recordings.codes("split")
+    for code, name in enumerate(names):
+        if name is not None and name not in splits:
+            rows = np.flatnonzero(codes == code)
+            first = recordings[int(rows[0])]
+            raise ConfigError(
+                f"pack.splits must list every split of the sources, got {name!r} on {len(rows)} recordings, "
+                f"first {first.key!r} of {first.source!r}; add `{name}: train`, `heldout` or `test`"
+            )
+    places = [SPLITS.index(TRAIN if name is None else splits[name]) for name in names]
+    return np.array(places, np.int64)[codes] if places else np.zeros(0, np.int64)
 
-    def can_go(group: str) -> bool:
-        return all(left[language] > 1 for language in homes[group])
 
-    def set_aside(group: str) -> None:
-        held.add(group)
-        for language in homes[group]:
-            left[language] -= 1
+def _groups(recordings: Columns[Recording], grouped_by: str) -> tuple[Codes, list[str]]:
+    """What is set aside together: a group for each recording, and the names of the groups."""
+    speakers, names = recordings.codes("speaker")
+    if grouped_by == "speaker" and names and names[-1] is not None:
+        return speakers, [f"speaker {name}" for name in names]
+    files, firsts = _files(recordings)
+    of_files = [f"key {key}" for key in firsts]
+    if grouped_by == "recording" or len(names) <= 1:
+        return files, of_files
+    num_speakers = len(names) - 1  # those without one, the last code, are groups of their own
+    groups = np.where(speakers < num_speakers, speakers, num_speakers + files)
+    return groups, [*(f"speaker {name}" for name in names[:-1]), *of_files]
 
-    for _, counts in sorted(sizes.items()):
-        target = holdout * counts.total()
-        total = sum(size for group, size in counts.items() if group in held)
-        order = sorted(counts.keys() - held, key=lambda group: (seeded_rank(seed, group), group))
-        for group in order:
-            if can_go(group) and abs(total + counts[group] - target) < abs(total - target):
-                set_aside(group)
-                total += counts[group]
-        if total == 0 and (free := list(filter(can_go, order))):
-            set_aside(min(free, key=counts.__getitem__))
+
+def _files(recordings: Columns[Recording]) -> tuple[Codes, list[str]]:
+    """The file that each recording is, or is a stretch of, and the first key of each file."""
+    keys = [str(key) for key in recordings.texts("key")]
+    if np.isnan(recordings.numbers("start_seconds").astype(float)).all():
+        return np.arange(len(keys)), keys
+    offsets = recordings.numbers("offset_bytes").astype(float).tolist()
+    places = (f"{path}:{offset}" for path, offset in zip(recordings.texts("path"), offsets, strict=True))
+    _, files = np.unique(seeded_ranks(0, places), return_inverse=True)
+    firsts: dict[int, str] = {}
+    for file, key in zip(files.tolist(), keys, strict=True):
+        firsts[file] = min(key, firsts.get(file, key))
+    return files.astype(np.int64), [firsts[file] for file in range(len(firsts))]
+
+
+def _choose(languages: Codes, groups: Codes, ranks: npt.NDArray[np.uint64], *, holdout: float) -> npt.NDArray[np.bool_]:
+    """Which groups to set aside, given language and group of each recording; each language keeps one group at least."""
+    num_groups = len(ranks)
+    pairs, counts = np.unique(languages * num_groups + groups, return_counts=True)
+    homes, members = np.divmod(pairs, num_groups)
+    left = np.bincount(homes)
+    shared: defaultdict[int, list[int]] = defaultdict(list)  # languages of those who are in several
+    is_shared = np.bincount(members, minlength=num_groups) > 1
+    for place in np.flatnonzero(is_shared[members]).tolist():
+        shared[int(members[place])].append(int(homes[place]))
+    held = np.zeros(num_groups, np.bool_)
+
+    def set_aside(group: int, language: int) -> bool:
+        of_group = shared.get(group) or [language]
+        if any(left[home] <= 1 for home in of_group):
+            return False
+        held[group] = True
+        left[of_group] -= 1
+        return True
+
+    for language in np.unique(homes).tolist():
+        here = np.flatnonzero(homes == language)
+        here = here[np.lexsort((members[here], ranks[members[here]]))]
+        is_held = held[members[here]]
+        target, total = holdout * counts[here].sum(), int(counts[here][is_held].sum())
+        free = [(int(members[place]), int(counts[place])) for place in here[~is_held]]
+        for group, size in free:
+            if total + 0.5 >= target:  # even one recording would lead away from it
+                break
+            if abs(total + size - target) < abs(total - target) and set_aside(group, language):
+                total += size
+        if total == 0:
+            any(set_aside(group, language) for group, _ in sorted(free, key=lambda one: one[1]))
     return held
-
-
-def _group(recording: Recording, holdout_by: str) -> str:
-    if holdout_by == "speaker" and recording.speaker is not None:
-        return f"speaker {recording.speaker}"
-    return f"key {recording.key}"
-
-
-def _refuse_unknown_splits(recordings: Sequence[Recording], splits: Mapping[str, str]) -> None:
-    names = Counter(recording.split for recording in recordings if recording.split is not None)
-    if unknown := sorted(name for name in names if name not in splits):
-        first = next(recording for recording in recordings if recording.split == unknown[0])
-        raise ConfigError(
-            f"pack.splits must list every split of the sources, got {unknown[0]!r} on {names[unknown[0]]} recordings, "
-            f"first {first.key!r} of {first.source!r}; add `{unknown[0]}: train`, `heldout` or `test`"
-        )

@@ -19,11 +19,12 @@ class Example:
 
     key: str
     mel_MF: Tensor
-    """From :func:`~qad_dist.asr.mel.log_mel`."""
+    """From :func:`~qad_dist.asr.mel.log_mels`."""
     response_ids: Sequence[int]
     """Language tag to end token."""
     kl_weight: float = 1.0
     ce_weight: float = 1.0
+    """Of each row of the utterance; both 0 where it must not count."""
 
 
 def num_packed_tokens(prompt: Prompt, *, duration_seconds: float, num_response_tokens: int) -> int:
@@ -73,5 +74,5 @@ def collate(examples: Sequence[Example], *, prompt: Prompt) -> Batch:
         targets_R=torch.tensor(targets),
         kl_weight_R=torch.tensor([e.kl_weight for e in examples]).repeat_interleave(counts),
         ce_weight_R=torch.tensor([e.ce_weight for e in examples]).repeat_interleave(counts),
-        weighted_rows=len(rows),
+        weighted_rows=sum(len(e.response_ids) for e in examples if e.kl_weight or e.ce_weight),
     )

@@ -1,89 +1,165 @@
 """Utterances from the shards: with their labels as packed batches in the order of a plan, or as log-mels alone."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from qad_dist.asr.collate import Example, collate, num_packed_tokens
-from qad_dist.asr.mel import log_mel
+from qad_dist.asr.mel import log_mels
 from qad_dist.asr.prompt import Prompt
 from qad_dist.batch import Batch
 from qad_dist.runtime.world import World
-from shards.labelled import LabelledUtterance
+from shards.audio import Samples
+from shards.errors import ShardError
+from shards.labelled import LabelledTable, LabelledUtterance
 from shards.plan import Plan, share_of_rank
-from shards.read import read_ahead, read_audio, read_many
-from shards.schema import Utterance
+from shards.read import Damaged, read_ahead, refuse_damaged
+from shards.schema import SAMPLE_RATE_HZ, Utterance
+from shards.workers import Reader
+
+OnDamaged = Callable[[Damaged], None]
+"""Is told of an utterance that is left out because it cannot be read."""
+
+
+def refuse(damaged: Damaged) -> None:
+    """What becomes of an utterance that cannot be read, where all are needed.
+
+    Raises:
+        ShardError: Always: what is wrong with it.
+    """
+    raise ShardError(damaged.reason)
+
+
+def languages_of(rows: LabelledTable, *, detected_first: bool) -> tuple[npt.NDArray[np.int64], list[str | None]]:
+    """The language of each utterance: as the teacher detected it, or as the source tells it, whichever is first.
+
+    Args:
+        rows: Utterances with their responses.
+        detected_first: Whether the source is asked only where the teacher detected none, or the other way round.
+
+    Returns:
+        For each row a number, and the names that they stand for in alphabetical order; None, if there is any, is first.
+    """
+    told, told_names = rows.utterances.codes("language")
+    names = sorted({*told_names, *rows.responses.names, None}, key=lambda name: name or "")
+    place = {name: number for number, name in enumerate(names)}
+    told = np.array([place[name] for name in told_names])[told]
+    detected = np.array([place[name] for name in rows.responses.names])[rows.responses.languages]
+    first, second = (detected, told) if detected_first else (told, detected)
+    used, codes = np.unique(np.where(first == place[None], second, first), return_inverse=True)
+    return codes, [names[number] for number in used]
 
 
 class LabelledSet:
     """Utterances with their pseudo-labels: lengths without touching the audio, batches on demand."""
 
-    def __init__(
-        self, rows: Sequence[LabelledUtterance], *, folder: Path, prompt: Prompt, extractor: Any, threads: int = 1
-    ) -> None:
+    def __init__(self, rows: LabelledTable, *, reader: Reader, prompt: Prompt, extractor: Any) -> None:
         """Take the table.
 
         Args:
             rows: What to learn from; their order is the plan's index.
-            folder: Of the shards.
+            reader: Of the shards; batches do not depend on its number of workers.
             prompt: The model's.
             extractor: The model's.
-            threads: How many utterances are read and transformed at a time; batches do not depend on it.
         """
-        self.rows = list(rows)
-        self.num_tokens = [
-            num_packed_tokens(
-                prompt, duration_seconds=utterance.duration_seconds, num_response_tokens=len(response.token_ids)
-            )
-            for utterance, response in self.rows
-        ]
-        self._folder, self._prompt, self._extractor = folder, prompt, extractor
-        # Threads suffice: decoding FLAC and the Fourier transform let go of the interpreter.
-        self._readers = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="readers")
+        self.rows = rows
+        self.seconds = rows.utterances.numbers("duration_seconds")
+        durations, places = np.unique(self.seconds, return_inverse=True)
+        prompts = [num_packed_tokens(prompt, duration_seconds=d, num_response_tokens=0) for d in durations.tolist()]
+        self._num_response_tokens = rows.responses.num_tokens
+        self.num_tokens = np.array(prompts)[places] + self._num_response_tokens
+        """Packed length of each utterance."""
+        self._reader, self._prompt, self._extractor = reader, prompt, extractor
 
     def num_rows(self, indices: Sequence[int]) -> int:
-        """Response tokens of these utterances."""
-        return sum(len(self.rows[i][1].token_ids) for i in indices)
+        """Response tokens of these utterances, whether they can be read or not."""
+        return int(self._num_response_tokens[indices].sum())
 
     def audio_seconds(self, indices: Sequence[int]) -> float:
         """Seconds of audio of these utterances."""
-        return sum(self.rows[i][0].duration_seconds for i in indices)
+        return float(self.seconds[indices].sum())
 
     def fingerprint(self) -> str:
-        """Hex sha256 of the keys and responses, in their order."""
-        digest = hashlib.sha256()
-        for utterance, response in self.rows:
-            digest.update(f"{utterance.key} {len(response.token_ids)}\n".encode())
-            digest.update(response.token_ids.astype("<i4", copy=False).tobytes())
+        """Hex sha256 of all that decides plans and batches: keys, durations, languages, responses, in their order."""
+        codes, names = languages_of(self.rows, detected_first=True)
+        responses = self.rows.responses
+        digest = hashlib.sha256(repr(names).encode())
+        for key in self.rows.utterances.texts("key"):
+            digest.update(f"{key}\n".encode())
+        for numbers, kind in (
+            *((self.seconds, "<f8"), (codes, "<i8")),
+            *((self._num_response_tokens, "<i8"), (responses.token_ids, "<i4")),
+        ):
+            digest.update(np.ascontiguousarray(numbers, dtype=kind))
         return digest.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Read, transform and pack these utterances."""
-        return collate(list(self._readers.map(self._example, indices)), prompt=self._prompt)
+        """Read, transform and pack these utterances.
 
-    def _example(self, index: int) -> Example:
-        utterance, response = self.rows[index]
-        mel_MF = log_mel(read_audio(self._folder, utterance), self._extractor)
-        return Example(key=utterance.key, mel_MF=mel_MF, response_ids=response.token_ids.tolist())
+        Raises:
+            ShardError: One of them cannot be read.
+        """
+        return next(self.batches([indices]))
+
+    def batches(self, chosen: Sequence[Sequence[int]], *, on_damaged: OnDamaged = refuse) -> Iterator[Batch]:
+        """One batch after the other; the utterances of the next ones are read while the present one is in use.
+
+        Args:
+            chosen: The utterances of each batch.
+            on_damaged: Is told of each utterance that cannot be read. It becomes silence of its length whose rows have
+                no weight: the batch keeps the shape that was planned, and the gradient of all other rows.
+        """
+        rows = [list(self.rows.take(indices)) for indices in chosen]
+        audios = self._reader.ahead([utterance for utterance, _ in batch] for batch in rows)
+        for batch, found in zip(rows, audios, strict=True):
+            yield self._pack(batch, found, on_damaged)
+
+    def _pack(
+        self, rows: Sequence[LabelledUtterance], found: Sequence[Samples | Damaged], on_damaged: OnDamaged
+    ) -> Batch:
+        audios: list[Samples] = []
+        weights: list[float] = []
+        for (utterance, _), audio in zip(rows, found, strict=True):
+            weights.append(0.0 if isinstance(audio, Damaged) else 1.0)
+            if isinstance(audio, Damaged):
+                on_damaged(audio)
+                audio = np.zeros(round(utterance.duration_seconds * SAMPLE_RATE_HZ), np.float32)
+            audios.append(audio)
+        examples = [
+            Example(
+                key=utterance.key,
+                mel_MF=mel_MF,
+                response_ids=response.token_ids.tolist(),
+                kl_weight=weight,
+                ce_weight=weight,
+            )
+            for (utterance, response), mel_MF, weight in zip(
+                rows, log_mels(audios, self._extractor), weights, strict=True
+            )
+        ]
+        return collate(examples, prompt=self._prompt)
 
 
-def mels_ahead(folder: Path, batches: Iterable[Sequence[Utterance]], extractor: Any) -> Iterator[list[Tensor]]:
+def mels_ahead(reader: Reader, batches: Iterable[Sequence[Utterance]], extractor: Any) -> Iterator[list[Tensor]]:
     """Log-mels of one batch after the other (``[M, F]`` each); the next are made while the present ones are in use.
 
     Raises:
         ShardError: With the batch in which a shard is missing or damaged.
     """
-    return read_ahead(lambda batch: [log_mel(audio, extractor) for audio in read_many(folder, batch)], batches)
+    return read_ahead(lambda found: log_mels(refuse_damaged(found), extractor), reader.ahead(batches))
 
 
 class PlannedBatches:
     """This rank's micro-batches, step by step; those of the next step are prepared while the present one is in use."""
 
-    def __init__(self, dataset: LabelledSet, plan: Plan, world: World, *, steps: int) -> None:
+    def __init__(
+        self, dataset: LabelledSet, plan: Plan, world: World, *, steps: int, on_damaged: OnDamaged = refuse
+    ) -> None:
         """Follow a plan.
 
         Args:
@@ -91,14 +167,26 @@ class PlannedBatches:
             plan: Steps of all ranks.
             world: Which share is ours.
             steps: Where training ends: nothing is prepared for later.
+            on_damaged: As in :meth:`LabelledSet.batches`; called from another thread.
         """
         self._dataset, self._plan, self._world, self._steps = dataset, plan, world, steps
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._on_damaged = on_damaged
+        self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._pending: dict[int, list[Future[Batch]]] = {}
         self._contents: dict[int, list[list[int]]] = {}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._maker.shutdown(cancel_futures=True)
+
     def num_rows(self, step: int) -> int:
-        """Response tokens of a step over all ranks: what its loss is divided by."""
+        """Response tokens of a step over all ranks, as planned: what its loss is divided by.
+
+        Those of utterances that cannot be read are among them: a damaged file weakens the step by its share of rows and
+        changes nothing about the other ones, on any number of ranks.
+        """
         return sum(self._dataset.num_rows(indices) for indices in self._step(step))
 
     def audio_seconds(self, step: int) -> float:
@@ -126,7 +214,9 @@ class PlannedBatches:
     def _prepare(self, step: int) -> list[Future[Batch]]:
         filled = self._step(step)
         share = share_of_rank(filled, rank=self._world.rank, world_size=self._world.world_size)
-        return [self._reader.submit(self._make, indices, filled[0]) for indices in share]
+        batches = self._dataset.batches([indices or filled[0] for indices in share], on_damaged=self._on_damaged)
+        # One thread: each task takes the next of the batches, which are read in that order.
+        return [self._maker.submit(self._next, batches, has_weight=bool(indices)) for indices in share]
 
-    def _make(self, indices: list[int], stand_in: list[int]) -> Batch:
-        return self._dataset.batch(indices) if indices else self._dataset.batch(stand_in).without_weight()
+    def _next(self, batches: Iterator[Batch], *, has_weight: bool) -> Batch:
+        return next(batches) if has_weight else next(batches).without_weight()

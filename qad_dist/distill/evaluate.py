@@ -9,11 +9,12 @@ from qad_dist.batch import Batch
 from qad_dist.distill.loss import row_metrics
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.runtime.collectives import all_gather_objects
+from shards.errors import ShardError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Means over all response tokens of the set."""
+    """Means over all response tokens of the set's readable utterances."""
 
     kl_per_token: float
     """KL(teacher to student) in nats."""
@@ -30,13 +31,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, chunk_rows: int) -> Evaluation:
-    """Compare the models on this rank's batches and add up over all ranks.
+    """Compare the models on this rank's batches and add up over all ranks; rows without weight do not count.
 
     Args:
         models: Teacher and student.
         batches: Number in the plan and batch, equally many on every rank; a number below 0 marks a batch that only
             keeps the ranks together.
         chunk_rows: Rows whose logits exist at once.
+
+    Raises:
+        ShardError: On every rank, when no row of the set has a weight.
     """
     sums: list[tuple[int, float, float, int, int]] = []
     for number, host_batch in batches:
@@ -50,11 +54,15 @@ def evaluate(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *,
             chunk_rows=chunk_rows,
         )
         if number >= 0:
-            kl, ce = float(rows.kl_R.double().sum()), float(rows.ce_R.double().sum())
-            sums.append((number, kl, ce, int(rows.agrees_R.sum()), batch.num_rows))
+            counts_R = (batch.kl_weight_R > 0) | (batch.ce_weight_R > 0)
+            kl, ce = (float(values_R.double().where(counts_R, 0.0).sum()) for values_R in (rows.kl_R, rows.ce_R))
+            sums.append((number, kl, ce, int((rows.agrees_R & counts_R).sum()), batch.weighted_rows))
     # In plan order, whichever rank had them: floating-point sums depend on their order.
     ordered = sorted(entry for share in all_gather_objects(sums) for entry in share)
-    tokens = sum(entry[4] for entry in ordered)
+    if not (tokens := sum(entry[4] for entry in ordered)):
+        error = ShardError("held-out utterances must be readable, got none that is; verify the shards and pack again")
+        error.is_shared = True  # every rank has the sums of all
+        raise error
     return Evaluation(
         kl_per_token=sum(entry[1] for entry in ordered) / tokens,
         ce_per_token=sum(entry[2] for entry in ordered) / tokens,

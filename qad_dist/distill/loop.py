@@ -32,7 +32,11 @@ class TrainingData(Protocol):
         ...
 
     def num_rows(self, step: int) -> int:
-        """Response tokens of the step over all ranks."""
+        """Response tokens of the step over all ranks, as planned: rows that turn out to have no weight are among them.
+
+        So every rank knows the number before anybody has read the step, and a batch's gradient does not depend on what
+        became of another one.
+        """
         ...
 
     def audio_seconds(self, step: int) -> float:
@@ -50,6 +54,8 @@ class Hooks:
     """Store the student as the best so far; collective."""
     write: Callable[[int, dict[str, float]], None]
     """Record values of a step; a no-op on all ranks but one."""
+    count_quarantined: Callable[[], int]
+    """Utterances that could not be read so far, on any rank; collective. Raises when they are too many."""
 
 
 def train(
@@ -70,6 +76,7 @@ def train(
     Raises:
         NonFiniteError: On every rank, when a loss, a gradient or a held-out value is no number; no update is made of
             it, and nothing of it is written or kept.
+        QadError: On every rank, from ``hooks.count_quarantined``: asked for each line and after each evaluation.
     """
     if state.best_step < 0:  # new, or resumed where the best student is gone: then its line is there already
         state = _evaluate(state, hooks, write=state.step == 0)
@@ -88,15 +95,9 @@ def train(
         window.end_step(audio_seconds=data.audio_seconds(step))
         state = replace(state, step=step + 1)
         if state.step % settings.log_every == 0 or state.step == settings.steps:
-            values = {**window.close(), "lr": learning_rate, "gradient_norm": engine.gradient_norm()}
-            hooks.write(state.step, values)
-            log.info(
-                "event=step step=%d/%d kl=%.5f agreement=%.4f lr=%.2e gradient_norm=%.3f tokens_per_second=%.0f "
-                "eta_seconds=%.0f",
-                *(state.step, settings.steps, values["kl"], values["agreement"], learning_rate),
-                *(values["gradient_norm"], values["tokens_per_second"]),
-                values["seconds_per_step"] * (settings.steps - state.step),
-            )
+            num_quarantined = hooks.count_quarantined()
+            told = {"lr": learning_rate, "gradient_norm": engine.gradient_norm(), "quarantined": num_quarantined}
+            _write_line(state.step, {**window.close(), **told}, settings, hooks)
         window.pause_clock()
         if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
             state = _evaluate(state, hooks)
@@ -115,7 +116,7 @@ def accumulate_gradient(
     step: int,
     window: "_Window | None" = None,
 ) -> Tensor:
-    """Backward through this rank's micro-batches of a step: sums over rows, divided by the rows of all ranks.
+    """Backward through this rank's micro-batches of a step: sums over rows, divided by the planned rows of all ranks.
 
     Returns:
         bool scalar on the device: whether all losses were numbers.
@@ -144,8 +145,20 @@ def accumulate_gradient(
     return is_finite
 
 
+def _write_line(step: int, values: dict[str, float], settings: TrainConfig, hooks: Hooks) -> None:
+    hooks.write(step, values)
+    log.info(
+        "event=step step=%d/%d kl=%.5f agreement=%.4f lr=%.2e gradient_norm=%.3f tokens_per_second=%.0f "
+        "quarantined=%d eta_seconds=%.0f",
+        *(step, settings.steps, values["kl"], values["agreement"], values["lr"], values["gradient_norm"]),
+        *(values["tokens_per_second"], values["quarantined"]),
+        values["seconds_per_step"] * (settings.steps - step),
+    )
+
+
 def _evaluate(state: TrainingState, hooks: Hooks, *, write: bool = True) -> TrainingState:
     evaluation = hooks.evaluate()
+    hooks.count_quarantined()
     values = evaluation.as_metrics("heldout_")
     for name, value in values.items():
         if not math.isfinite(value):
@@ -205,10 +218,11 @@ class _Window:
         self.pause_clock()
         own = [*self._sums.tolist(), self._rows, self._tokens]
         kl, ce, agreements, rows, tokens = (sum(column) for column in zip(*all_gather_objects(own), strict=True))
+        num_rows = max(rows, 1)  # none, if nothing of these steps could be read
         values = {
-            "kl": kl / rows,
-            "ce": ce / rows,
-            "agreement": agreements / rows,
+            "kl": kl / num_rows,
+            "ce": ce / num_rows,
+            "agreement": agreements / num_rows,
             "response_tokens": rows,
             "tokens_per_second": tokens / self._seconds,
             "audio_seconds_per_second": self._audio_seconds / self._seconds,

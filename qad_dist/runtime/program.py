@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,8 @@ from qad_dist.runtime.logs import configure_logging
 from qad_dist.runtime.world import current_world, exit_rank, program_name
 from shards.errors import ConfigError, QadError, StageError
 
-Command = Callable[[RunConfig], None]
+Command = Callable[..., None]
+"""Takes the config, and the options of a program that has some of its own."""
 
 DEFAULT_COMMAND = "run"
 
@@ -39,6 +41,7 @@ def run_program(
     commands: Mapping[str, Command],
     *,
     dry_run: Command | None = None,
+    add_options: Callable[[argparse.ArgumentParser], object] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse the command line, load the config, call one command.
@@ -47,6 +50,7 @@ def run_program(
         doc: The program's docstring, shown by ``--help``.
         commands: Subcommand name to what it calls; ``run`` is the one that needs no name.
         dry_run: What ``--dry-run`` calls instead; without it the program has no such option.
+        add_options: Adds the options that only this program has; its commands then get all of them as ``options``.
         arguments: Instead of the process's own.
 
     Returns:
@@ -55,7 +59,10 @@ def run_program(
     """
     try:
         world = current_world()
-        parsed = _parser(doc, commands, has_dry_run=dry_run is not None).parse_intermixed_args(arguments)
+        parser = _parser(doc, commands, has_dry_run=dry_run is not None)
+        if add_options is not None:
+            add_options(parser)
+        parsed = parser.parse_intermixed_args(arguments)
         run = load_run(parsed.config, parsed.overrides)
     except QadError as error:
         return tell(error)
@@ -63,6 +70,8 @@ def run_program(
         sys.stdout.write(dump_run(run))
         return 0
     command = dry_run if dry_run is not None and parsed.dry_run else commands[parsed.command]
+    if add_options is not None:
+        command = partial(command, options=parsed)
     try:
         code = call_command(command, run)
     except Exception:

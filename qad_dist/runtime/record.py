@@ -35,7 +35,7 @@ READS = {
 
 WITHOUT_EFFECT = {
     "pack": {"processes", "max_rejected_share"},
-    "train": {"resume", "trackers", "log_every", "reader_threads", "checkpoint_every", "keep_checkpoints"},
+    "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
 }
 """Settings that change how fast, loud or strict a stage is, not what it makes when it succeeds."""
 
@@ -49,6 +49,9 @@ _PACKAGES = (
     *("webdataset", "soundfile", "soxr", "jiwer", "numpy", "pyarrow", "pydantic"),
 )
 
+
+_CONTAINERS = (".tar", ".parquet")
+"""Suffixes of inputs of pack that hold audio and are too large to be hashed by every stage."""
 
 _begun: dict[Path, dict[str, Any]] = {}
 """What stages of this process read when they began: their records are made of it, whatever changes meanwhile."""
@@ -181,11 +184,12 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
     """Fingerprints of what lies outside the run folder."""
     if stage == "pack":
         record = run.stage_folder("pack") / DONE
+        sources = [*run.pack.inputs, *run.pack.exclude]
         if not record.is_file():
-            return {path: _identity(Path(path), None) for path in run.pack.inputs}
+            return {path: _identity(Path(path), None) for path in sources}
         packed, as_of = read_json(record)["inputs"]["files"], _state_of(record)
         # What is gone stays as it was packed: shards need no recordings.
-        return {path: _identity(Path(path), as_of) or packed.get(path, "") for path in run.pack.inputs}
+        return {path: _identity(Path(path), as_of) or packed.get(path, "") for path in sources}
     paths = [run.model.path]
     if stage == "train":
         paths.append(run.train.deepspeed)
@@ -195,7 +199,12 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
 
 
 def _identity(path: Path, as_of: tuple[int, int] | None) -> str:
-    """Of a manifest its bytes; of a folder of recordings names and sizes."""
+    """Of a manifest its bytes; of a folder of recordings, or a file that holds recordings, names and sizes.
+
+    Of an address nothing: what lies behind it is taken to stay as it is.
+    """
+    if path.suffix in _CONTAINERS and path.is_file():
+        return fingerprint([path.name, path.stat().st_size])
     if path.is_file():
         return _sha256_once(path, *_state_of(path))
     return _names_and_sizes(path, as_of) if path.is_dir() else ""  # nothing there: the stage itself says so

@@ -7,7 +7,9 @@ Nothing heavy is imported before it is known to load here.
 """
 
 import sys
+import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from qad_dist.runtime.machine import FAIL, OK, WARN, Finding, guarded
 from qad_dist.runtime.world import current_world, device_for
 from qad_dist.runtime.zero import read_deepspeed_settings
 from shards.errors import AudioError, ModelError
+from shards.schema import SAMPLE_RATE_HZ, Recording
 from shards.storage import read_json
 
 if TYPE_CHECKING:
@@ -107,31 +110,56 @@ def _disk(run: RunConfig, folder: Path) -> Iterator[Finding]:
 
 def _utterance(run: RunConfig) -> tuple[str, "np.ndarray"]:
     """Key and audio of one utterance: a packed one if there are any, else from the first input that ``pack`` reads."""
+    from qad_dist.runtime.reading import open_shards
     from shards.index import INDEX, read_utterances
-    from shards.read import read_audio
 
     packed = run.stage_folder("pack")
-    if (packed / INDEX).is_file() and (utterances := read_utterances(packed)):
-        return utterances[0].key, read_audio(packed, utterances[0])
+    if (packed / INDEX).is_file() and len(utterances := read_utterances(packed)):
+        return utterances[0].key, open_shards(run).read(utterances[:1])[0]
     return _recording(run)
 
 
 def _recording(run: RunConfig) -> tuple[str, "np.ndarray"]:
-    from shards.audio import decode
-    from shards.sources import read_sources
+    from shards.corpus import recording_of
+    from shards.sources import read_found
 
-    recordings = read_sources(run.pack.inputs[:1], default_language=run.pack.language)[:RECORDINGS_TRIED]
-    reasons = []
-    for recording in recordings:
-        try:
-            audio_A = decode(
-                recording.path, min_seconds=run.pack.min_audio_seconds, max_seconds=run.pack.max_audio_seconds
-            )
-        except AudioError as error:
-            reasons.append(f"{recording.path}: {error}")
-        else:
-            return recording.key, audio_A
+    pack, reasons = run.pack, []
+    with tempfile.TemporaryDirectory() as spool:
+        found = read_found(pack.inputs[:1], default_language=pack.language, kind=pack.source, spool=Path(spool))
+        for recording in map(recording_of, islice(found, RECORDINGS_TRIED)):
+            try:
+                return recording.key, _beginning(recording, run)
+            except AudioError as error:
+                reasons.append(f"{recording.path}: {error}")
     raise AudioError(
-        f"{run.pack.inputs[0]} must hold an utterance to transcribe among its first {len(recordings)} recordings, "
+        f"{pack.inputs[0]} must hold an utterance to transcribe among its first {len(reasons)} recordings, "
         f"got none; the first reason is {reasons[0]}"
     )
+
+
+def _beginning(recording: Recording, run: RunConfig) -> "np.ndarray":
+    """Of a recording as much as an utterance may have.
+
+    Raises:
+        AudioError: There is no utterance in it.
+    """
+    import numpy as np
+
+    from shards.audio import open_recording, stream
+
+    pack = run.pack
+    most = pack.max_audio_seconds if pack.long_recordings == "reject" else pack.max_recording_hours * 3600
+    blocks, missing = [], round(pack.max_audio_seconds * SAMPLE_RATE_HZ)
+    with open_recording(recording) as file:
+        for block_A in stream(
+            file,
+            start_seconds=recording.start_seconds,
+            num_seconds=None if recording.start_seconds is None else recording.told_seconds,
+            min_seconds=pack.min_audio_seconds,
+            max_seconds=most,
+        ):
+            blocks.append(block_A[:missing])
+            missing -= len(blocks[-1])
+            if not missing:
+                break
+    return np.concatenate(blocks)

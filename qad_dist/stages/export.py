@@ -14,18 +14,18 @@ import numpy as np
 import torch
 
 from qad_dist.asr.load import AsrModel, load_model, state_hash
-from qad_dist.asr.mel import log_mel
+from qad_dist.asr.mel import log_mels
 from qad_dist.asr.reference import load_with_qwen_asr, transcribe_with_qwen_asr
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, quantizer_hash
+from qad_dist.runtime.reading import open_shards
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import current_world, device_for
 from qad_dist.text.usage import usage
 from shards.errors import ModelError, WorldError
 from shards.index import read_utterances
-from shards.read import read_audio, read_many
 from shards.schema import TEST, Utterance
 from shards.storage import folder_bytes, publish_folder, verify_manifest, write_json
 
@@ -115,9 +115,9 @@ def _utterances(run: RunConfig) -> list[Utterance]:
     """Utterances to compare on: of the test split if there is one, at equal distances by duration."""
     packed = run.stage_folder("pack")
     candidates = read_utterances(packed, splits=[TEST]) or read_utterances(packed)
-    candidates.sort(key=lambda u: (u.duration_seconds, u.key))
+    order = np.argsort(candidates.numbers("duration_seconds"), kind="stable")
     wanted = min(run.export.verify_utterances, len(candidates))
-    return [candidates[i * (len(candidates) - 1) // max(1, wanted - 1)] for i in range(wanted)]
+    return [candidates[order[i * (len(candidates) - 1) // max(1, wanted - 1)]] for i in range(wanted)]
 
 
 def _check(run: RunConfig, expected: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _answers(model: AsrModel, run: RunConfig, utterances: list[Utterance]) -> di
     Raises:
         ModelError: A log-probability is no finite number.
     """
-    mels = [log_mel(audio, model.extractor) for audio in read_many(run.stage_folder("pack"), utterances)]
+    mels = log_mels(open_shards(run).read(utterances), model.extractor)
     hypotheses = transcribe(model, mels, max_response_tokens=MAX_RESPONSE_TOKENS)
     for utterance, hypothesis in zip(utterances, hypotheses, strict=True):
         if not all(map(math.isfinite, hypothesis.token_logprobs)):
@@ -226,10 +226,11 @@ def describe_export(request_path: str, answer_path: str) -> None:
     """
     request = json.loads(Path(request_path).read_text())
     run, folder = RunConfig.model_validate(request["run"]), Path(request["folder"])
-    by_key = {utterance.key: utterance for utterance in read_utterances(run.stage_folder("pack"))}
+    keys = set(request["keys"])
+    by_key = {u.key: u for u in read_utterances(run.stage_folder("pack")) if u.key in keys}
     utterances = [by_key[key] for key in request["keys"]]
     enable_checkpointing()
-    longest = read_audio(run.stage_folder("pack"), utterances[-1])
+    (longest,) = open_shards(run).read(utterances[-1:])
     theirs = _described_by_qwen_asr(run, folder, longest)
     answers = {**_answers(_load(run, folder), run, utterances), **theirs}
     Path(answer_path).write_text(json.dumps(answers))

@@ -4,9 +4,11 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from qad_dist.asr.dataset import mels_ahead
@@ -14,13 +16,15 @@ from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
 from qad_dist.runtime.collectives import barrier, run_on_main
+from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, model_fingerprint, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
 from shards.errors import ShardError
-from shards.index import ShardEntry, read_index, read_utterances
+from shards.index import ShardEntry, UtteranceTable, read_index, read_utterances
 from shards.labels import LabelHeader, label_path, read_labels, write_labels
 from shards.plan import plan_decoding
 from shards.schema import ENDED_BY_LENGTH, PseudoLabel, Utterance
+from shards.workers import Reader
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,8 @@ def run(run: RunConfig) -> None:
         teacher = load_teacher(run.model, device_for(world))
         run_on_main(lambda: begin_stage(run, "label"))
         fingerprint = model_fingerprint(teacher.folder)
-        _label_own_shards(run, teacher, fingerprint, by_shard, world)
+        with open_reader(run) as reader:
+            _label_own_shards(run, teacher, fingerprint, by_shard, reader, world)
         barrier()
         run_on_main(lambda: finish_stage(run, "label", results=_summary(run, by_shard, fingerprint)))
 
@@ -62,27 +67,28 @@ def verify(run: RunConfig) -> None:
 def dry_run(run: RunConfig) -> None:
     """Say how much there is to label."""
     by_shard = _utterances_by_shard(run)
-    hours = sum(u.duration_seconds for utterances in by_shard.values() for u in utterances) / 3600
+    hours = sum(utterances.numbers("duration_seconds").sum() for utterances in by_shard.values()) / 3600
     done = sum(label_path(run.stage_folder("label"), shard).is_file() for shard in by_shard)
     log.info("event=dry_run stage=label shards=%d finished=%d hours=%.2f", len(by_shard), done, hours)
 
 
-def _is_done(run: RunConfig, by_shard: dict[str, list[Utterance]]) -> bool:
+def _is_done(run: RunConfig, by_shard: dict[str, UtteranceTable]) -> bool:
     """Whether the stage is finished and nobody has deleted a label file since, which is how to ask for it again."""
     folder = run.stage_folder("label")
     return is_finished(run, "label") and all(label_path(folder, shard).is_file() for shard in by_shard)
 
 
-def _utterances_by_shard(run: RunConfig) -> dict[str, list[Utterance]]:
-    by_shard: dict[str, list[Utterance]] = {}
-    for utterance in read_utterances(run.stage_folder("pack"), splits=run.label.splits):
-        by_shard.setdefault(utterance.shard, []).append(utterance)
-    if not by_shard:
+def _utterances_by_shard(run: RunConfig) -> dict[str, UtteranceTable]:
+    """In the order of the index, in which the utterances of a shard lie together."""
+    table = read_utterances(run.stage_folder("pack"), splits=run.label.splits)
+    if not len(table):
         raise ShardError(f"label.splits must name splits that were packed, got {run.label.splits}; see `pack.py stats`")
-    return by_shard
+    codes, names = table.codes("shard")
+    begins = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
+    return {str(names[codes[begin]]): table[begin:end] for begin, end in pairwise(begins)}
 
 
-def _check_world(world: World, by_shard: dict[str, list[Utterance]]) -> None:
+def _check_world(world: World, by_shard: dict[str, UtteranceTable]) -> None:
     num_utterances = sum(map(len, by_shard.values()))
     check_enough_work(world, num_utterances, stage="label")
     if len(by_shard) < world.world_size and world.is_main:
@@ -93,7 +99,12 @@ def _check_world(world: World, by_shard: dict[str, list[Utterance]]) -> None:
 
 
 def _label_own_shards(
-    run: RunConfig, teacher: AsrModel, fingerprint: str, by_shard: dict[str, list[Utterance]], world: World
+    run: RunConfig,
+    teacher: AsrModel,
+    fingerprint: str,
+    by_shard: dict[str, UtteranceTable],
+    reader: Reader,
+    world: World,
 ) -> None:
     entries = [entry for entry in read_index(run.stage_folder("pack")).shards if entry.name in by_shard]
     own = entries[world.rank :: world.world_size]
@@ -106,7 +117,7 @@ def _label_own_shards(
         if _is_labelled(path, header):
             log.info("event=skipped shard=%s reason=labelled", entry.name)
             continue
-        labels = _label_shard(run, teacher, by_shard[entry.name])
+        labels = _label_shard(run, teacher, list(by_shard[entry.name]), reader)
         write_labels(path, header, labels)
         seconds += entry.seconds
         num_utterances += len(labels)
@@ -128,13 +139,15 @@ def _is_labelled(path: Path, header: LabelHeader) -> bool:
         return False
 
 
-def _label_shard(run: RunConfig, teacher: AsrModel, utterances: list[Utterance]) -> list[PseudoLabel]:
+def _label_shard(
+    run: RunConfig, teacher: AsrModel, utterances: Sequence[Utterance], reader: Reader
+) -> list[PseudoLabel]:
     """Labels of one shard, in its order. What is in a batch depends on shard and settings only."""
     labels: dict[int, PseudoLabel] = {}
     durations = [utterance.duration_seconds for utterance in utterances]
     plan = plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds)
     batches = [[utterances[i] for i in indices] for indices in plan]
-    loaded = mels_ahead(run.stage_folder("pack"), batches, teacher.extractor)
+    loaded = mels_ahead(reader, batches, teacher.extractor)
     for indices, chosen, mels in zip(plan, batches, loaded, strict=True):
         hypotheses = transcribe(teacher, mels, max_response_tokens=run.label.max_response_tokens)
         for index, utterance, hypothesis in zip(indices, chosen, hypotheses, strict=True):
@@ -162,18 +175,18 @@ def _header(run: RunConfig, entry: ShardEntry, fingerprint: str) -> LabelHeader:
     return LabelHeader(shard=entry.name, shard_sha256=entry.sha256, teacher=fingerprint, settings=settings)
 
 
-def _checked_labels(run: RunConfig, by_shard: dict[str, list[Utterance]]) -> Iterator[list[PseudoLabel]]:
+def _checked_labels(run: RunConfig, by_shard: dict[str, UtteranceTable]) -> Iterator[list[PseudoLabel]]:
     """The labels of one shard after the other, each held against the index."""
     hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
     for shard, utterances in by_shard.items():
         path = label_path(run.stage_folder("label"), shard)
         _, labels = read_labels(path, shard_sha256=hashes[shard])
-        if [label.key for label in labels] != [utterance.key for utterance in utterances]:
+        if [label.key for label in labels] != list(utterances.texts("key")):
             raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
         yield labels
 
 
-def _summary(run: RunConfig, by_shard: dict[str, list[Utterance]], fingerprint: str) -> dict[str, object]:
+def _summary(run: RunConfig, by_shard: dict[str, UtteranceTable], fingerprint: str) -> dict[str, object]:
     num_labels = num_tokens = num_runaway = 0
     seconds = 0.0
     languages: Counter[str] = Counter()

@@ -1,117 +1,244 @@
-"""The pack stage: recordings in, shards out. CPU only, one process that starts the others."""
+"""The pack stage: recordings in, shards out. CPU only: one program that starts processes, or many as a job array."""
 
 import json
 import logging
-import math
+import os
+import re
+import shutil
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from qad_dist.config import RunConfig
-from qad_dist.runtime.record import begin_stage, finish_stage, is_finished
-from shards import index
-from shards.audio import header_seconds
-from shards.errors import ShardError
-from shards.pack import REJECTED, PackReport, ShardTask, pack, plan_shards, reason_kind, refuse_to_lose
-from shards.schema import SPLITS, Recording, Utterance
-from shards.sources import read_sources
+from qad_dist.runtime.reading import open_cache
+from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, stage_inputs
+from shards import stats as statistics
+from shards import verify as verification
+from shards.errors import ConfigError, ShardError, SourceError, StageError
+from shards.index import read_utterances
+from shards.layout import ShardSize
+from shards.merge import REJECTED, PackReport, refuse_unpacked
+from shards.merge import merge as merge_shards
+from shards.pack import Progress, pack_tasks, refuse_to_lose
+from shards.shard import ShardSettings
+from shards.sources import read_found
+from shards.storage import fingerprint
+from shards.tasks import EXCLUDE, TASKS, Layout, TaskFile, plan_pack
 
 logger = logging.getLogger(__name__)
 
 STAGE = "pack"
 
+PLOT = "stats.png"
+
+_SPOOL = "spool"
 _SECONDS_BETWEEN_LOGS = 10.0
 
 
-def run(run: RunConfig) -> None:
-    """Pack the inputs into ``<run>/pack``; does nothing if that was done with this config already."""
-    folder = run.stage_folder(STAGE)
-    if is_finished(run, STAGE):
-        index.verify(folder, quick=True)
-        logger.info("pack is finished folder=%s; remove it to pack again", folder)
+def run(run: RunConfig, *, array: str | None = None) -> None:
+    """Pack the inputs into ``<run>/pack``; does nothing if that was done with this config already.
+
+    Args:
+        run: The resolved config.
+        array: ``I/N``: pack only the shards of job I, from 0, of N; :func:`merge` makes one data set of them all.
+    """
+    part = (0, 1) if array is None else _part(array)
+    if _tell_finished(run):
         return
-    recordings = read_sources(run.pack.inputs, default_language=run.pack.language)
-    logger.info("packing recordings=%d inputs=%d", len(recordings), len(run.pack.inputs))
-    tasks = _plan(run, recordings)
-    refuse_to_lose(folder, tasks, max_rejected_share=run.pack.max_rejected_share)
-    begin_stage(run, STAGE)  # takes back the record of a finished pack: what can be refused was refused before
+    tasks = _planned(run) if array is None else _planned_before(run)
+    try:
+        refuse_to_lose(tasks, max_rejected_share=run.pack.max_rejected_share)
+    except SourceError:
+        tasks.remove()
+        raise
+    if array is None:
+        begin_stage(run, STAGE)  # takes back the record of a finished pack: what can be refused was refused before
     started = time.monotonic()
-    report = pack(
+    pack_tasks(
         tasks,
-        folder,
-        min_audio_seconds=run.pack.min_audio_seconds,
-        max_audio_seconds=run.pack.max_audio_seconds,
+        _settings(run),
+        part=part,
         max_rejected_share=run.pack.max_rejected_share,
         processes=run.pack.processes,
-        progress=_Progress(len(recordings)),
+        progress=_LoggedProgress(),
     )
-    finish_stage(run, STAGE, _results(report, time.monotonic() - started))
-    stats(run)
+    if array is None:
+        _finish(run, tasks, started)
+    else:
+        logger.info("packed part=%s shards=%d; when all parts are: launch/pack.py merge", array, len(tasks.tasks))
 
 
-def verify(run: RunConfig) -> None:
-    """Check every packed byte against the index."""
-    folder = run.stage_folder(STAGE)
-    index.verify(folder)
-    found = index.read_index(folder)
-    logger.info("verified shards=%d utterances=%d hours=%.3f", len(found.shards), found.num_utterances, found.hours)
+def plan(run: RunConfig) -> None:
+    """Decide which recordings go into which shard, once for all jobs of an array."""
+    if not _tell_finished(run):
+        tasks = _planned(run)
+        hours = sum(task.seconds for task in tasks.tasks if task.kind != EXCLUDE) / 3600
+        logger.info("planned shards=%d hours=%.3f", sum(task.kind != EXCLUDE for task in tasks.tasks), hours)
+
+
+def merge(run: RunConfig) -> None:
+    """Make one data set of what the jobs of an array have packed.
+
+    Raises:
+        StageError: Some shards are not packed yet.
+    """
+    if _tell_finished(run):
+        return
+    tasks = _planned_before(run)
+    refuse_unpacked(tasks, _settings(run))
+    begin_stage(run, STAGE)  # removes temporary files: nothing may be writing any more
+    _finish(run, tasks, time.monotonic())
+
+
+def verify(run: RunConfig, *, quick: bool = False, deep: bool = False) -> None:
+    """Check the shards against the index: every byte, or sizes only (``quick``), or every sample too (``deep``)."""
+    threads = run.pack.processes or len(os.sched_getaffinity(0))
+    found = verification.verify(run.stage_folder(STAGE), quick=quick, deep=deep, threads=threads, cache=open_cache(run))
+    logger.info(
+        "verified shards=%d utterances=%d hours=%.3f decoded=%d",
+        *(found.num_shards, found.num_utterances, found.hours, found.num_decoded),
+    )
 
 
 def stats(run: RunConfig) -> None:
-    """Print what the shards hold: utterances and hours per language and split, and what was rejected and why."""
+    """Print and draw what the shards hold: hours per language and split, durations, and what was rejected and why."""
     folder = run.stage_folder(STAGE)
     path = folder / REJECTED
     try:
         rejected = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as cause:
         raise ShardError(f"{path} must be the list of rejected recordings, got {cause}; pack again") from cause
-    _show(_table(index.read_utterances(folder), [row["language"] for row in rejected]))
-    for reason, count in Counter(reason_kind(row["reason"]) for row in rejected).most_common():
-        _show([f"rejected: {reason}: {count}"])
+    counted = statistics.count(read_utterances(folder))
+    _show(statistics.table_lines(counted, rejected))
+    try:
+        statistics.draw(counted, folder / PLOT)
+        _show([f"drawn: {folder / PLOT}"])
+    except ConfigError as cause:  # the table is there, and matplotlib is an extra
+        logger.info("not drawn: %s", cause)
 
 
 def dry_run(run: RunConfig) -> None:
-    """Print what pack would do, from the sources and the headers of the recordings; decodes and writes nothing."""
-    recordings = read_sources(run.pack.inputs, default_language=run.pack.language)
-    tasks = _plan(run, recordings)
-    for split in SPLITS:
-        planned = [task for task in tasks if task.split == split]
-        members = [recording for task in planned for recording in task.recordings]
-        seconds, num_unknown = _header_seconds(members)
-        unknown = f" ({num_unknown} recordings whose header tells no length are not counted)" if num_unknown else ""
-        _show([f"{split}: {len(members)} recordings, {seconds / 3600:.3f} h{unknown}, {len(planned)} shards"])
+    """Print what pack would do, from the sources and the headers of the recordings; decodes nothing, leaves nothing."""
+    with tempfile.TemporaryDirectory(prefix="qad-pack-") as folder:
+        tasks = _plan_in(Path(folder), run, spool=None).tasks
+    by_split: dict[str, list[Any]] = {}
+    for task in tasks:
+        by_split.setdefault(task.name.partition("-")[0] if task.location is None else "in place", []).append(task)
+    for name, some in by_split.items():
+        hours = sum(task.seconds for task in some) / 3600
+        _show(
+            [f"{name}: {sum(task.num_recordings for task in some)} recordings, about {hours:.3f} h, {len(some)} shards"]
+        )
 
 
-def _plan(run: RunConfig, recordings: Sequence[Recording]) -> list[ShardTask]:
-    return plan_shards(
-        recordings,
+def _tell_finished(run: RunConfig) -> bool:
+    folder = run.stage_folder(STAGE)
+    if not is_finished(run, STAGE):
+        return False
+    verification.verify(folder, quick=True)
+    logger.info("pack is finished folder=%s; remove it to pack again", folder)
+    return True
+
+
+def _planned(run: RunConfig) -> TaskFile:
+    """The plan of this config; that of an interrupted start, if there is one."""
+    folder = run.stage_folder(STAGE)
+    return _kept_plan(run) or _plan_in(folder, run, spool=folder / _SPOOL)
+
+
+def _plan_in(folder: Path, run: RunConfig, *, spool: Path | None) -> TaskFile:
+    layout = Layout(
         seed=run.seed,
         splits=run.pack.splits,
         holdout=run.pack.holdout,
         holdout_by=run.pack.holdout_by,
-        utterances_per_shard=run.pack.utterances_per_shard,
+        size=ShardSize(
+            hours=run.pack.hours_per_shard, bytes=run.pack.bytes_per_shard, recordings=run.pack.utterances_per_shard
+        ),
+        in_place=run.pack.in_place,
+    )
+    how: dict[str, Any] = {"default_language": run.pack.language, "spool": spool}
+    logger.info("listing inputs=%d", len(run.pack.inputs))
+    return plan_pack(
+        read_found(run.pack.inputs, kind=run.pack.source, **how),
+        folder,
+        layout,
+        excluded=read_found(run.pack.exclude, setting="pack.exclude", **how),
+        about=_about(run),
     )
 
 
-class _Progress:
+def _planned_before(run: RunConfig) -> TaskFile:
+    """The plan that all jobs of an array share."""
+    if (tasks := _kept_plan(run)) is None:
+        raise StageError(
+            f"{run.stage_folder(STAGE)} must hold the plan of this config, got none; run `python launch/pack.py plan "
+            "--config ...` once, before the jobs of an array"
+        )
+    return tasks
+
+
+def _kept_plan(run: RunConfig) -> TaskFile | None:
+    folder = run.stage_folder(STAGE)
+    if not (folder / TASKS).is_file():
+        return None
+    tasks = TaskFile(folder)
+    return tasks if tasks.about == _about(run) else None
+
+
+def _about(run: RunConfig) -> dict[str, str]:
+    return {"inputs": fingerprint(stage_inputs(run, STAGE))}
+
+
+def _settings(run: RunConfig) -> ShardSettings:
+    return ShardSettings(
+        min_audio_seconds=run.pack.min_audio_seconds,
+        max_audio_seconds=run.pack.max_audio_seconds,
+        long_recordings=run.pack.long_recordings,
+        max_recording_seconds=run.pack.max_recording_hours * 3600,
+    )
+
+
+def _finish(run: RunConfig, tasks: TaskFile, started: float) -> None:
+    report = merge_shards(
+        tasks,
+        _settings(run),
+        drop_duplicates=run.pack.drop_duplicates,
+        max_rejected_share=run.pack.max_rejected_share,
+    )
+    shutil.rmtree(run.stage_folder(STAGE) / _SPOOL, ignore_errors=True)
+    finish_stage(run, STAGE, _results(report, time.monotonic() - started))
+    tasks.remove()
+    stats(run)
+
+
+def _part(array: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", array, re.ASCII)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--array must be I/N with I from 0 to N - 1, got {array!r}; e.g. --array 3/16")
+    return int(match[1]), int(match[2])
+
+
+class _LoggedProgress:
     """Logs now and then how far packing is."""
 
-    def __init__(self, num_recordings: int) -> None:
-        self._num_recordings = num_recordings
+    def __init__(self) -> None:
         self._started = self._logged = time.monotonic()
 
-    def __call__(self, num_done: int, seconds: float) -> None:
+    def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now - self._logged < _SECONDS_BETWEEN_LOGS and num_done < self._num_recordings:
+        is_last = progress.num_recordings == progress.num_recordings_in_all
+        if now - self._logged < _SECONDS_BETWEEN_LOGS and not is_last:
             return
         self._logged = now
-        rate = num_done / max(now - self._started, 1e-9)
+        passed = max(now - self._started, 1e-9)
+        left = progress.planned_seconds_in_all - progress.planned_seconds
         logger.info(
-            "packed recordings=%d/%d hours=%.3f recordings_per_second=%.1f",
-            num_done,
-            self._num_recordings,
-            seconds / 3600,
-            rate,
+            "packed recordings=%d/%d hours=%.3f hours_per_second=%.3f eta_seconds=%.0f",
+            *(progress.num_recordings, progress.num_recordings_in_all, progress.seconds / 3600),
+            *(progress.seconds / 3600 / passed, left * passed / max(progress.planned_seconds, 1e-9)),
         )
 
 
@@ -123,33 +250,11 @@ def _results(report: PackReport, seconds: float) -> dict[str, object]:
         "num_utterances": report.index.num_utterances,
         "num_rejected": report.num_rejected,
         "rejected_by_reason": report.rejected_by_reason,
+        "num_copies": report.num_copies,
         "hours": report.index.hours,
         "hours_by_split_language": report.index.hours_by_split_language,
         "wall_seconds": round(seconds, 1),
     }
-
-
-def _table(utterances: Sequence[Utterance], rejected_languages: Iterable[str | None]) -> list[str]:
-    """One line per language: utterances and hours in each split and altogether, and rejected recordings."""
-    rejected = Counter(language or index.UNKNOWN_LANGUAGE for language in rejected_languages)
-    by_language: dict[str, list[Utterance]] = {language: [] for language in rejected}
-    for utterance in utterances:
-        by_language.setdefault(utterance.language or index.UNKNOWN_LANGUAGE, []).append(utterance)
-    lines = [f"{'language':<12}" + "".join(f"{split + ' (h)':>20}" for split in (*SPLITS, "all")) + f"{'rejected':>10}"]
-    rows = [(language, members, rejected[language]) for language, members in sorted(by_language.items())]
-    if len(rows) > 1:
-        rows.append(("all", list(utterances), rejected.total()))
-    for language, members, num_rejected in rows:
-        cells = [[u for u in members if u.split == split] for split in SPLITS] + [members]
-        texts = [f"{len(cell)} ({math.fsum(u.duration_seconds for u in cell) / 3600:.3f})" for cell in cells]
-        lines.append(f"{language:<12}" + "".join(f"{text:>20}" for text in texts) + f"{num_rejected:>10}")
-    return lines
-
-
-def _header_seconds(recordings: Iterable[Recording]) -> tuple[float, int]:
-    """Summed durations, and the number of recordings without one."""
-    known = [header_seconds(recording.path) for recording in recordings]
-    return math.fsum(seconds for seconds in known if seconds is not None), known.count(None)
 
 
 def _show(lines: Iterable[str]) -> None:

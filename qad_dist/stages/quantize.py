@@ -1,13 +1,12 @@
 """quantize: the teacher with INT8 SmoothQuant in its decoder, calibrated on audio in the real prompt."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from qad_dist.asr.dataset import LabelledSet, LabelledUtterance
+from qad_dist.asr.dataset import LabelledSet, languages_of
 from qad_dist.asr.decoder import DecoderStack, embed
 from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.save import save_checkpoint
@@ -15,11 +14,12 @@ from qad_dist.config import RunConfig
 from qad_dist.quant.calibrate import quantize_decoder
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
+from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
 from qad_dist.text.accept import verdict
 from shards.errors import ModelError
-from shards.labelled import read_labelled
+from shards.labelled import LabelledTable, read_labelled
 from shards.plan import plan_epoch
 from shards.schema import TRAIN
 
@@ -42,8 +42,9 @@ def run(run: RunConfig) -> None:
         run_on_main(lambda: begin_stage(run, "quantize"))
         enable_checkpointing()
         student = load_teacher(run.model, device_for(world), dtype="float32")
-        dataset = LabelledSet(rows, folder=run.stage_folder("pack"), prompt=student.prompt, extractor=student.extractor)
-        calibrate(run, student, dataset, world)
+        with open_reader(run) as reader:
+            dataset = LabelledSet(rows, reader=reader, prompt=student.prompt, extractor=student.extractor)
+            calibrate(run, student, dataset, world)
         digest = _equal_on_all_ranks(quantizer_hash(student.model))
         run_on_main(lambda: _write(run, student, dataset, digest))
 
@@ -51,29 +52,27 @@ def run(run: RunConfig) -> None:
 def dry_run(run: RunConfig) -> None:
     """Say what would be calibrated on."""
     rows = calibration_rows(run)
-    seconds = sum(utterance.duration_seconds for utterance, _ in rows)
+    seconds = rows.utterances.numbers("duration_seconds").sum()
     log.info("event=dry_run stage=quantize calibration_utterances=%d audio_hours=%.3f", len(rows), seconds / 3600)
 
 
-def calibration_rows(run: RunConfig) -> list[LabelledUtterance]:
+def calibration_rows(run: RunConfig) -> LabelledTable:
     """``quantize.calibration_utterances`` of the labelled training split, spread over languages and durations.
 
     Languages take turns; within a language the utterances are sorted by duration and taken at equal distances, so that
     the shortest and the longest are among them.
     """
-    labelled = read_labelled(
+    rows = read_labelled(
         run.stage_folder("pack"), run.stage_folder("label"), split=TRAIN, reject=lambda label: verdict(label).reason
-    )
-    by_language: defaultdict[str, list[LabelledUtterance]] = defaultdict(list)
-    for row in labelled.rows:
-        by_language[row[0].language or row[1].language or ""].append(row)
-    quotas = share_out(run.quantize.calibration_utterances, [len(by_language[name]) for name in sorted(by_language)])
-    chosen: list[LabelledUtterance] = []
-    for name, quota in zip(sorted(by_language), quotas, strict=True):
-        ordered = sorted(by_language[name], key=lambda row: (row[0].duration_seconds, row[0].key))
-        places = np.linspace(0, len(ordered) - 1, quota).round().astype(int).tolist() if quota else []
-        chosen += [ordered[place] for place in places]
-    return chosen
+    ).rows
+    by_duration = np.argsort(rows.utterances.numbers("duration_seconds"), kind="stable")
+    codes, names = languages_of(rows, detected_first=False)
+    quotas = share_out(run.quantize.calibration_utterances, np.bincount(codes, minlength=len(names)).tolist())
+    chosen: list[int] = []
+    for code, quota in enumerate(quotas):
+        ordered = by_duration[codes[by_duration] == code]
+        chosen += ordered[np.linspace(0, len(ordered) - 1, quota).round().astype(int)].tolist()
+    return rows.take(chosen)
 
 
 def share_out(total: int, available: Sequence[int]) -> list[int]:
@@ -96,7 +95,7 @@ def calibrate(run: RunConfig, student: AsrModel, dataset: LabelledSet, world: Wo
         dataset.num_tokens,
         seed=run.seed,
         epoch=0,
-        token_budget=max(run.quantize.micro_batch_tokens, *dataset.num_tokens),
+        token_budget=max(run.quantize.micro_batch_tokens, int(dataset.num_tokens.max())),
         micro_batches_per_step=1,
     )
     own = [step[0] for step in steps][world.rank :: world.world_size]
@@ -106,8 +105,8 @@ def calibrate(run: RunConfig, student: AsrModel, dataset: LabelledSet, world: Wo
 
     @torch.no_grad()
     def forward_loop() -> None:
-        for indices in own:
-            batch = dataset.batch(indices).to(student.device)
+        for host_batch in dataset.batches(own):
+            batch = host_batch.to(student.device)
             if batch.audio_positions_P.numel() == 0:
                 raise ModelError("calibration batches must hold audio positions, got none; the prompt is broken")
             embedded = embed(student, batch)
@@ -133,13 +132,12 @@ def _write(run: RunConfig, student: AsrModel, dataset: LabelledSet, digest: str)
     num_layers = len(student.decoder.layers)
     folder = run.stage_folder("quantize") / STUDENT
     save_checkpoint(student.model, folder, base=student.folder, dtype=run.model.dtype)
-    indices = range(len(dataset.rows))
     results = {
         "quantizers": check_quantizers(student.model, num_layers=num_layers),
         "quantizer_sha256": digest,
-        "calibration_utterances": len(indices),
-        "calibration_audio_seconds": dataset.audio_seconds(indices),
-        "calibration_tokens": sum(dataset.num_tokens),
+        "calibration_utterances": len(dataset.rows),
+        "calibration_audio_seconds": float(dataset.seconds.sum()),
+        "calibration_tokens": int(dataset.num_tokens.sum()),
         "int8_bytes": int8_bytes(student.model),
     }
     finish_stage(run, "quantize", results=results)

@@ -22,10 +22,12 @@ from qad_dist.runtime.world import count_gpus, program_environment
 from qad_dist.runtime.zero import read_deepspeed_settings
 from qad_dist.text.table import SCORE, score_table
 from qad_dist.text.usage import usage
-from shards.audio import header_seconds
-from shards.errors import ConfigError, ModelError, QadError, StageError
+from shards.audio import estimate_seconds
+from shards.corpus import recording_of
+from shards.errors import ConfigError, ModelError, StageError
 from shards.index import INDEX, read_index
-from shards.sources import read_sources
+from shards.schema import Recording
+from shards.sources import read_found
 from shards.storage import read_json
 
 log = logging.getLogger(__name__)
@@ -161,21 +163,25 @@ def _call(command: Sequence[str], environment: dict[str, str]) -> int:
 def _hours(config: RunConfig) -> tuple[float | None, str]:
     if (config.stage_folder("pack") / INDEX).is_file():
         return read_index(config.stage_folder("pack")).hours, "from the index"
-    recordings = read_sources(config.pack.inputs, default_language=config.pack.language)
-    every = -(-len(recordings) // _HEADERS)
-    looked_at = recordings[::every]
-    seconds: list[float] = []
-    for recording in looked_at:
-        try:
-            length = header_seconds(recording.path)
-        except QadError:  # packing names and counts it
-            continue
-        if length is not None:
-            seconds.append(length)
-    if not seconds:
-        return None, f"no length in the headers of {len(looked_at)} recordings"
-    hours = sum(seconds) / len(seconds) * len(recordings) / 3600
-    return hours, f"from the headers of {len(seconds)} of {len(recordings)} recordings"
+    looked_at, num_recordings = _some_recordings(config)
+    seconds = [estimate_seconds(recording) for recording in looked_at]
+    hours = sum(seconds) / len(seconds) * num_recordings / 3600
+    return hours, f"from what {len(seconds)} of {num_recordings} recordings or their sources tell"
+
+
+def _some_recordings(config: RunConfig) -> tuple[list[Recording], int]:
+    """Recordings at equal distances, and how many there are."""
+    kept: list[Recording] = []
+    every, count = 1, 0
+    for found in read_found(
+        config.pack.inputs, default_language=config.pack.language, kind=config.pack.source, spool=None
+    ):
+        if count % every == 0:
+            kept.append(recording_of(found))
+        count += 1
+        if len(kept) == 2 * _HEADERS:
+            kept, every = kept[::2], 2 * every
+    return kept, count
 
 
 def _model_size(config: RunConfig) -> ModelSize | None:

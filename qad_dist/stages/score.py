@@ -21,6 +21,7 @@ from qad_dist.config import RunConfig
 from qad_dist.distill.loss import row_metrics
 from qad_dist.quant.state import enable_checkpointing, fold_weights, int8_bytes
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
+from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
 from qad_dist.text.normalize import NORMALIZER, unit
@@ -31,6 +32,7 @@ from shards.index import read_utterances
 from shards.plan import plan_decoding
 from shards.schema import ENDED_BY_LENGTH, Utterance
 from shards.storage import atomic_write, folder_bytes, read_json, verify_manifest, write_json
+from shards.workers import Reader
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +72,8 @@ def run(run: RunConfig) -> None:
         run_on_main(lambda: [verify_manifest(folders[name]) for name in OWN_STUDENTS])
         run_on_main(lambda: begin_stage(run, "score"))
         enable_checkpointing()
-        teacher = load_teacher(run.model, device_for(world))
-        answers = _score_system(run, "teacher", teacher, None, utterances, world)
-        systems = {"teacher": _described(teacher.folder, None, utterances, answers, answers)}
-        run_on_main(lambda: _write_predictions(run, "teacher", utterances, answers))
-        for name, folder in folders.items():
-            num_int8_bytes, outcomes = _score_student(run, name, folder, (teacher, answers), utterances, world)
-            systems[name] = _described(folder, num_int8_bytes, utterances, outcomes, answers)
-            run_on_main(lambda name=name, outcomes=outcomes: _write_predictions(run, name, utterances, outcomes))
+        with open_reader(run) as reader:
+            systems = _score_systems(run, folders, utterances, reader, world)
         run_on_main(lambda: _write(run, systems, utterances))
 
 
@@ -96,7 +92,7 @@ def dry_run(run: RunConfig) -> None:
 
 
 def _utterances(run: RunConfig) -> list[Utterance]:
-    utterances = read_utterances(run.stage_folder("pack"), splits=run.score.splits)
+    utterances = list(read_utterances(run.stage_folder("pack"), splits=run.score.splits))
     if all(utterance.reference is None for utterance in utterances):
         raise ShardError(
             f"score.splits must name splits with references, got {run.score.splits}: {len(utterances)} utterances, "
@@ -112,12 +108,28 @@ def _student_folders(run: RunConfig) -> dict[str, Path]:
     return folders
 
 
+def _score_systems(
+    run: RunConfig, folders: dict[str, Path], utterances: Sequence[Utterance], reader: Reader, world: World
+) -> dict[str, Any]:
+    """The part of each system in ``score.json``; its predictions are written when it is done."""
+    teacher = load_teacher(run.model, device_for(world))
+    answers = _score_system(run, "teacher", teacher, None, utterances, reader, world)
+    systems = {"teacher": _described(teacher.folder, None, utterances, answers, answers)}
+    run_on_main(lambda: _write_predictions(run, "teacher", utterances, answers))
+    for name, folder in folders.items():
+        num_int8_bytes, outcomes = _score_student(run, name, folder, (teacher, answers), utterances, reader, world)
+        systems[name] = _described(folder, num_int8_bytes, utterances, outcomes, answers)
+        run_on_main(lambda name=name, outcomes=outcomes: _write_predictions(run, name, utterances, outcomes))
+    return systems
+
+
 def _score_student(
     run: RunConfig,
     name: str,
     folder: Path,
     teacher: tuple[AsrModel, list[Outcome]],
-    utterances: list[Utterance],
+    utterances: Sequence[Utterance],
+    reader: Reader,
     world: World,
 ) -> tuple[int | None, list[Outcome]]:
     """Bytes in INT8 (None if it is not quantized) and outcomes of one student, which is gone from memory afterwards."""
@@ -132,7 +144,7 @@ def _score_student(
     # Before folding: it drops the weight quantizers, by which INT8 tensors are known.
     num_int8_bytes = int8_bytes(system.model) if is_quantized else None
     fold_weights(system.model)
-    return num_int8_bytes, _score_system(run, name, system, teacher, utterances, world)
+    return num_int8_bytes, _score_system(run, name, system, teacher, utterances, reader, world)
 
 
 def _score_system(
@@ -140,7 +152,8 @@ def _score_system(
     name: str,
     system: AsrModel,
     teacher: tuple[AsrModel, list[Outcome]] | None,
-    utterances: list[Utterance],
+    utterances: Sequence[Utterance],
+    reader: Reader,
     world: World,
 ) -> list[Outcome]:
     """Outcomes of all utterances, in their order, on every rank. Batches depend on set and settings only."""
@@ -150,7 +163,7 @@ def _score_system(
     is_comparable = teacher is not None and torch.equal(system.head_weight_VD, teacher[0].head_weight_VD)
     outcomes: list[Outcome] = []
     chosen = ([utterances[number] for number in numbers] for numbers in own)
-    loaded = mels_ahead(run.stage_folder("pack"), chosen, system.extractor)
+    loaded = mels_ahead(reader, chosen, system.extractor)
     progress = tqdm(own, desc=f"score {name}", unit="batch", disable=None if world.is_main else True)
     for numbers, mels in zip(progress, loaded, strict=True):
         hypotheses = transcribe(system, mels, max_response_tokens=run.score.max_response_tokens)
@@ -204,7 +217,7 @@ def _distances(
 def _described(
     folder: Path,
     num_int8_bytes: int | None,
-    utterances: list[Utterance],
+    utterances: Sequence[Utterance],
     outcomes: list[Outcome],
     answers: list[Outcome],
 ) -> dict[str, Any]:
@@ -231,7 +244,7 @@ def _described(
 
 
 def _row(
-    outcomes: list[Outcome], utterances: list[Utterance], answers: list[Outcome], *, rate_unit: str
+    outcomes: list[Outcome], utterances: Sequence[Utterance], answers: list[Outcome], *, rate_unit: str
 ) -> dict[str, Any]:
     """Counts over some utterances; rates are divided once, here."""
     counts = corpus(o.counts for o in outcomes if o.counts is not None)
@@ -255,7 +268,7 @@ def _row(
     }
 
 
-def _write_predictions(run: RunConfig, name: str, utterances: list[Utterance], outcomes: list[Outcome]) -> None:
+def _write_predictions(run: RunConfig, name: str, utterances: Sequence[Utterance], outcomes: list[Outcome]) -> None:
     """``<run>/score/<system>.jsonl``: what was said, what was written, and the counts of each utterance."""
     with atomic_write(run.stage_folder("score") / f"{name}.jsonl") as file:
         for outcome in outcomes:
@@ -275,7 +288,7 @@ def _write_predictions(run: RunConfig, name: str, utterances: list[Utterance], o
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
-def _write(run: RunConfig, systems: dict[str, Any], utterances: list[Utterance]) -> None:
+def _write(run: RunConfig, systems: dict[str, Any], utterances: Sequence[Utterance]) -> None:
     score = {
         "normalizer": NORMALIZER,
         "prompt": "automatic language",

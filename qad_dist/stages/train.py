@@ -2,13 +2,13 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qad_dist.asr.dataset import LabelledSet, PlannedBatches
+from qad_dist.asr.dataset import LabelledSet, OnDamaged, PlannedBatches, languages_of, refuse
 from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import AsrModel, load_model, load_teacher
 from qad_dist.asr.save import save_checkpoint
@@ -30,15 +30,19 @@ from qad_dist.distill.optim import choose_trainable, parameter_groups
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.engine import Engine
+from qad_dist.runtime.quarantine import QUARANTINE, open_quarantine
+from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import DONE, STUDENT, WITHOUT_EFFECT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, check_micro_batches, device_for, joined_world
 from qad_dist.runtime.zero import read_deepspeed_settings
 from qad_dist.text.accept import verdict
 from shards.errors import CheckpointError, ModelError
 from shards.labelled import read_labelled
+from shards.mixture import Mixture
 from shards.plan import Plan, plan_epoch, share_of_rank
 from shards.schema import HELDOUT, TRAIN
 from shards.storage import fingerprint, read_json, settle_interrupted, verify_manifest
+from shards.workers import Reader
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,8 @@ def run(run: RunConfig) -> None:
     """Distil, keep the student that is nearest to the teacher on the held-out split, write ``<run>/train/student``.
 
     Raises:
-        QadError: An earlier stage is missing, a checkpoint does not fit, or a loss is no number.
+        QadError: An earlier stage is missing, a checkpoint does not fit, a loss is no number, or more utterances than
+            ``read.max_quarantined_share`` cannot be read.
     """
     settings = read_deepspeed_settings(run.train.deepspeed)
     with joined_world(TIMEOUT_SECONDS) as world:
@@ -62,26 +67,26 @@ def run(run: RunConfig) -> None:
         base = _load_student(run, torch.device("cpu")) if world.is_main else None
         _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
         _share_frozen_parts(teacher, student)
-        training, heldout = _labelled_sets(run, teacher)
-        check_enough_work(world, len(training.rows), stage="train")
-        state = _initial_state(run, settings, training, heldout, world)
-        folder = run.stage_folder("train")
-
-        stack = DecoderStack(student.decoder.layers)
-        choose_trainable(stack, train_norms=run.train.train_norms)
-        engine = Engine(
-            stack,
-            lambda module: make_optimizer(run, module),
-            settings=settings,
-            world=world,
-            dtype=getattr(torch, run.model.dtype),
-            clip_norm=run.train.clip_norm,
-            trackers=list(run.train.trackers),
-            tracker_folder=folder,
-        )
-        _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
-        state = _distil(run, engine, teacher, student, training, heldout, state, folder, world)
-        run_on_main(lambda: _write(run, base, state))
+        with open_reader(run) as reader:
+            training, heldout = _labelled_sets(run, teacher, reader)
+            check_enough_work(world, len(training.rows), stage="train")
+            plan = training_plan(run, training)
+            state = _initial_state(run, settings, plan, training, heldout, world)
+            stack = DecoderStack(student.decoder.layers)
+            choose_trainable(stack, train_norms=run.train.train_norms)
+            engine = Engine(
+                stack,
+                lambda module: make_optimizer(run, module),
+                settings=settings,
+                world=world,
+                dtype=getattr(torch, run.model.dtype),
+                clip_norm=run.train.clip_norm,
+                trackers=list(run.train.trackers),
+                tracker_folder=run.stage_folder("train"),
+            )
+            _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
+            state, num_quarantined = _distil(run, engine, teacher, student, plan, training, heldout, state, world)
+        run_on_main(lambda: _write(run, base, state, num_quarantined))
         engine.close()
 
 
@@ -166,7 +171,7 @@ def _share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
     theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
 
 
-def _labelled_sets(run: RunConfig, teacher: AsrModel) -> tuple[LabelledSet, LabelledSet]:
+def _labelled_sets(run: RunConfig, teacher: AsrModel, reader: Reader) -> tuple[LabelledSet, LabelledSet]:
     sets = []
     for split in (TRAIN, HELDOUT):
         labelled = read_labelled(
@@ -176,16 +181,10 @@ def _labelled_sets(run: RunConfig, teacher: AsrModel) -> tuple[LabelledSet, Labe
         if split == HELDOUT:  # at equal distances: all languages and shards stay in
             stride = math.ceil(len(rows) / run.train.evaluate_utterances)
             rows = rows[::stride]
-        dataset = LabelledSet(
-            rows,
-            folder=run.stage_folder("pack"),
-            prompt=teacher.prompt,
-            extractor=teacher.extractor,
-            threads=run.train.reader_threads,
-        )
+        dataset = LabelledSet(rows, reader=reader, prompt=teacher.prompt, extractor=teacher.extractor)
         log.info(
             "event=dataset split=%s utterances=%d audio_hours=%.3f tokens=%d dropped=%s",
-            *(split, len(rows), dataset.audio_seconds(range(len(rows))) / 3600, sum(dataset.num_tokens)),
+            *(split, len(rows), dataset.seconds.sum() / 3600, dataset.num_tokens.sum()),
             dict(labelled.dropped),
         )
         sets.append(dataset)
@@ -193,7 +192,7 @@ def _labelled_sets(run: RunConfig, teacher: AsrModel) -> tuple[LabelledSet, Labe
 
 
 def _initial_state(
-    run: RunConfig, settings: dict[str, Any], training: LabelledSet, heldout: LabelledSet, world: World
+    run: RunConfig, settings: dict[str, Any], plan: Plan, training: LabelledSet, heldout: LabelledSet, world: World
 ) -> TrainingState:
     """The state before the first step, with the fingerprint of everything that decides the course of training."""
     quantized = read_json(run.stage_folder("quantize") / DONE)
@@ -201,7 +200,7 @@ def _initial_state(
         run.seed,
         run.train.model_dump(mode="json", exclude=WITHOUT_EFFECT["train"]),
         settings,
-        [training.fingerprint(), heldout.fingerprint()],
+        [plan.fingerprint(), training.fingerprint(), heldout.fingerprint()],
         quantized["fingerprint"],
     )
     return TrainingState(
@@ -219,25 +218,22 @@ def _distil(
     engine: Engine,
     teacher: AsrModel,
     student: AsrModel,
+    plan: Plan,
     training: LabelledSet,
     heldout: LabelledSet,
     state: TrainingState,
-    folder: Path,
     world: World,
-) -> TrainingState:
+) -> tuple[TrainingState, int]:
+    """The state behind the last step, and how many utterances could not be read."""
+    folder = run.stage_folder("train")
     models = join_models(teacher, student, engine)
-    plan = Plan(
-        training.num_tokens,
-        seed=run.seed,
-        token_budget=run.train.micro_batch_tokens,
-        micro_batches_per_step=run.train.micro_batches_per_step,
-    )
     checkpoints = Checkpoints(folder, keep=run.train.keep_checkpoints)
     run_on_main(lambda: settle_interrupted(folder))  # a checkpoint may have no name but its retired one
     if path := run_on_main(lambda: checkpoints.choose(run.train.resume)):
         state = checkpoints.load(engine, path, expected=state)
         log.info("event=resumed step=%d path=%s", state.step, path)
     state = run_on_main(lambda: _begin(run, checkpoints, state))
+    quarantine = open_quarantine(run, world, num_utterances=len(training.rows) + len(heldout.rows))
     log.info(
         "event=engine type=%s zero_stage=%d ranks=%d trained_weights=%d",
         *(engine.distributed_type, engine.stage, world.world_size, _num_trained(student)),
@@ -254,22 +250,52 @@ def _distil(
         weights = engine.gather_weights()
         run_on_main(lambda: save_best(folder / BEST, weights, step=step, kl_per_token=evaluation.kl_per_token))
 
-    hooks = Hooks(
-        evaluate=lambda: evaluate(models, heldout_batches(heldout, run, world), chunk_rows=run.train.loss_chunk_rows),
-        keep_best=keep_best,
-        write=write,
+    def evaluate_student() -> Evaluation:
+        batches = heldout_batches(heldout, run, world, on_damaged=quarantine.add)
+        return evaluate(models, batches, chunk_rows=run.train.loss_chunk_rows)
+
+    hooks = Hooks(evaluate=evaluate_student, keep_best=keep_best, write=write, count_quarantined=quarantine.count)
+    with PlannedBatches(training, plan, world, steps=run.train.steps, on_damaged=quarantine.add) as batches:
+        state = train(engine, models, batches, run.train, state=state, checkpoints=checkpoints, hooks=hooks)
+    return state, quarantine.count()
+
+
+def training_plan(run: RunConfig, training: LabelledSet) -> Plan:
+    """The steps of all ranks; tells how the languages are mixed, if not as they come."""
+    codes, languages = languages_of(training.rows, detected_first=True)
+    mixture = Mixture(
+        codes,
+        training.seconds,
+        temperature=run.train.language_temperature,
+        max_hours_per_language=run.train.max_hours_per_language,
     )
-    batches = PlannedBatches(training, plan, world, steps=run.train.steps)
-    return train(engine, models, batches, run.train, state=state, checkpoints=checkpoints, hooks=hooks)
+    if run.train.language_temperature > 1 or run.train.max_hours_per_language is not None:
+        for part in mixture.shares():
+            log.info(
+                "event=mixture language=%s audio_hours=%.3f hours_per_epoch=%.3f share=%.4f times=%.3f",
+                *(languages[part.language], part.hours, part.hours_per_epoch, part.share, part.times),
+            )
+    return Plan(
+        training.num_tokens,
+        audio_seconds=training.seconds,
+        mixture=mixture,
+        seed=run.seed,
+        token_budget=run.train.micro_batch_tokens,
+        micro_batches_per_step=run.train.micro_batches_per_step,
+    )
 
 
 def _begin(run: RunConfig, checkpoints: Checkpoints, state: TrainingState) -> TrainingState:
     """Take back the stage's record and what training will replace, now that nothing stands against it."""
     begin_stage(run, "train")
+    if state.step == 0:
+        shutil.rmtree(run.stage_folder("train") / QUARANTINE, ignore_errors=True)
     return checkpoints.make_agree(state, is_sent_back=run.train.resume != "auto")
 
 
-def heldout_batches(heldout: LabelledSet, run: RunConfig, world: World) -> Iterator[tuple[int, Batch]]:
+def heldout_batches(
+    heldout: LabelledSet, run: RunConfig, world: World, *, on_damaged: OnDamaged = refuse
+) -> Iterator[tuple[int, Batch]]:
     """This rank's held-out micro-batches with their numbers; -1 for one that only keeps the ranks together."""
     steps = plan_epoch(
         heldout.num_tokens,
@@ -279,9 +305,10 @@ def heldout_batches(heldout: LabelledSet, run: RunConfig, world: World) -> Itera
         micro_batches_per_step=1,
     )
     numbered = [[number] for number in range(len(steps))]
-    for number in share_of_rank(numbered, rank=world.rank, world_size=world.world_size):
-        chosen = number[0] if number else 0
-        yield (chosen if number else -1), heldout.batch(steps[chosen][0])
+    share = share_of_rank(numbered, rank=world.rank, world_size=world.world_size)
+    numbers = [number[0] if number else -1 for number in share]
+    chosen = [steps[max(0, number)][0] for number in numbers]
+    yield from zip(numbers, heldout.batches(chosen, on_damaged=on_damaged), strict=True)
 
 
 def _num_trained(student: AsrModel) -> int:
@@ -290,7 +317,7 @@ def _num_trained(student: AsrModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
 
-def _write(run: RunConfig, base: AsrModel | None, state: TrainingState) -> None:
+def _write(run: RunConfig, base: AsrModel | None, state: TrainingState, num_quarantined: int) -> None:
     """Put the best decoder into an unsharded copy of the student and write that as a checkpoint."""
     if base is None:
         raise CheckpointError("rank 0 must hold the copy that is written, got another rank; please report this")
@@ -308,6 +335,7 @@ def _write(run: RunConfig, base: AsrModel | None, state: TrainingState) -> None:
         "best_kl": best["kl_per_token"],
         "world_size": state.world_size,
         "zero_stage": state.zero_stage,
+        "quarantined": num_quarantined,
         "quantizer_sha256": quantizer_hash(base.model),
         "int8_bytes": int8_bytes(base.model),
     }

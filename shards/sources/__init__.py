@@ -1,79 +1,145 @@
-"""Sources: manifests and folders of audio, read into one list of recordings with keys that are unique in the set."""
+"""Sources: manifests, corpora and folders of audio, of each kind one module, read as a stream of recordings."""
 
-import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from shards.errors import SourceError
 from shards.languages import language_name
-from shards.schema import Recording
-from shards.sources import folder, manifest
-from shards.sources.keys import Found, unique_keys
-
-_READERS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Found]]], ...] = (
-    ("a .jsonl manifest", lambda path: path.suffix.lower() == ".jsonl" and path.is_file(), manifest.read_manifest),
-    ("a folder of audio", Path.is_dir, folder.read_folder),
+from shards.places import Place
+from shards.sources import (
+    common_voice,
+    fleurs,
+    folder,
+    kaldi,
+    lhotse,
+    lhotse_shar,
+    librispeech,
+    nemo,
+    nemo_tarred,
+    parquet,
+    qwen,
+    vivos,
+    webdataset,
 )
+from shards.sources.keys import Found
+from shards.sources.repeats import Repeats
 
 
-def read_sources(inputs: Sequence[str], *, default_language: str | None) -> list[Recording]:
-    """Read all inputs of a run, in their order.
+class _Reader(Protocol):
+    @property
+    def NAME(self) -> str:
+        """What ``pack.source`` calls this kind."""
+        ...
+
+    def fits(self, place: Place, names: list[str] | None) -> bool:
+        """Whether a place looks like this kind; ``names`` is what is in it, None for a file."""
+        ...
+
+    def read(self, place: Place, spool: Path | None) -> Iterator[Found]:
+        """The recordings of a place of this kind, in an order that depends on nothing but it."""
+        ...
+
+
+_PLAIN: _Reader = folder
+_SPECIAL: tuple[_Reader, ...] = (
+    *(qwen, nemo, lhotse, kaldi, librispeech, vivos, common_voice, fleurs, parquet, nemo_tarred, lhotse_shar),
+    webdataset,
+)
+# Audio beside these would be left out without a word.
+_CONTAINERS: tuple[_Reader, ...] = (parquet, webdataset)
+_READERS = {reader.NAME: reader for reader in (_PLAIN, *_SPECIAL)}
+
+AUTO = "auto"
+KINDS = (AUTO, *_READERS)
+"""What ``pack.source`` may be."""
+
+# NeMo's and webdataset's notations for many files in one name.
+_PATTERN = re.compile(r"_OP_.*_CL_|\{.*\.\..*\}")
+
+
+def read_found(
+    inputs: Sequence[str],
+    *,
+    default_language: str | None,
+    kind: str = AUTO,
+    spool: Path | None,
+    setting: str = "pack.inputs",
+) -> Iterator[Found]:
+    """Read all inputs of a run, in their order, as a stream: what is kept of each recording is 8 bytes.
 
     Args:
-        inputs: JSONL manifests and folders of audio; the kind of each is seen from what is there.
+        inputs: Paths and addresses.
         default_language: Name or code for recordings whose source does not say (``pack.language``).
-
-    Returns:
-        The recordings, with keys that are unique in the list and depend on nothing but names inside the sources.
+        kind: One of :data:`KINDS`; ``auto`` sees it from what is there, for each input by itself.
+        spool: Folder for audio that lies in files of which it is no stretch of bytes; None to look only: such audio
+            is then named by its file, and its size is the mean of the file's.
+        setting: What the inputs are called in messages.
 
     Raises:
-        SourceError: An input is missing, of no known kind, unreadable or empty, holds a bad line, or names a recording
-            that was named before.
+        SourceError: An input is missing, of no known kind or of several, unreadable or empty, holds a bad line, or
+            names a recording that was named before.
+        ShardError: A tar is damaged.
     """
     try:
         language = language_name(default_language)
     except SourceError as cause:
         raise SourceError(f"pack.language: {cause}") from cause
-    found = [entry for value in inputs for entry in _read(value)]
-    _refuse_repeats(found)
-    return [
-        Recording(
-            path=entry.path,
-            key=key,
-            source=entry.source,
-            language=entry.language or language,
-            speaker=entry.speaker,
-            reference=entry.reference,
-            split=entry.split,
-            told_seconds=entry.told_seconds,
-        )
-        for entry, key in zip(found, unique_keys(found), strict=True)
-    ]
+    if kind not in KINDS:
+        raise SourceError(f"pack.source must be one of {', '.join(KINDS)}, got {kind!r}")
+    repeats = Repeats(setting)
+    for value in inputs:
+        is_empty = True
+        for found in _read(value, kind, spool, setting):
+            repeats.add(found)
+            is_empty = False
+            yield found if found.language or not language else _in_language(found, language)
+        if is_empty:
+            raise SourceError(f"{setting} must each hold recordings, got none in {value!r}; remove it or fill it")
+    repeats.check()
 
 
-def _read(value: str) -> list[Found]:
-    path = Path(value)
+def _read(value: str, kind: str, spool: Path | None, setting: str) -> Iterator[Found]:
     try:
-        for _, fits, read in _READERS:
-            if fits(path):
-                return read(path)
-        state = "a file of another kind" if path.exists() else "nothing at that path"
-    except (OSError, ValueError) as cause:
-        if isinstance(cause, SourceError):
+        place = Place.of(value)
+        if place.is_file():
+            names = None
+        elif place.is_folder():
+            names = place.names()
+        else:
+            raise _no_source(place, setting)
+        reader = _detect(place, names, setting) if kind == AUTO else _READERS[kind]
+    except SourceError as cause:
+        if str(cause).startswith(setting):
             raise
-        reason = getattr(cause, "strerror", None) or cause
-        raise SourceError(f"pack.inputs must be readable, got {value!r}: {reason}; mend its permissions") from cause
-    kinds = " or ".join(kind for kind, _, _ in _READERS)
-    raise SourceError(f"pack.inputs must each be {kinds}, got {value!r} ({state}); write a manifest or mend the path")
+        raise SourceError(f"{setting}: {cause}") from cause
+    return reader.read(place, spool)
 
 
-def _refuse_repeats(found: Sequence[Found]) -> None:
-    """A recording that is named twice could land in training and in held-out at once."""
-    seen: dict[str, Found] = {}
-    for entry in found:
-        path = os.path.normpath(Path(entry.path).absolute())
-        if (first := seen.setdefault(path, entry)) is not entry:
-            raise SourceError(
-                f"pack.inputs must name every recording once, got {entry.path!r} at {first.where} and again at "
-                f"{entry.where}; remove one"
-            )
+def _detect(place: Place, names: list[str] | None, setting: str) -> _Reader:
+    fitting = [reader for reader in _SPECIAL if reader.fits(place, names)]
+    if any(reader in _CONTAINERS for reader in fitting) and any(folder.is_audio(name) for name in names or []):
+        fitting.append(_PLAIN)
+    if len(fitting) > 1:
+        kinds = " and ".join(reader.NAME for reader in fitting)
+        raise SourceError(
+            f"{setting} must each be of one kind, got {place.url!r}, which looks like {kinds}; set pack.source"
+        )
+    if fitting:
+        return fitting[0]
+    if _PLAIN.fits(place, names):
+        return _PLAIN
+    raise _no_source(place, setting)
+
+
+def _no_source(place: Place, setting: str) -> SourceError:
+    state = "a file of another kind" if place.exists() else "nothing at that path"
+    remedy = "name the folder or the manifest" if _PATTERN.search(place.url) else "write a manifest or mend the path"
+    kinds = ", ".join(_READERS)
+    return SourceError(f"{setting} must each be a source ({kinds}), got {place.url!r} ({state}); {remedy}")
+
+
+def _in_language(found: Found, language: str) -> Found:
+    return replace(found, language=language)

@@ -2,17 +2,15 @@
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-MAX_KEY_LENGTH = 80
-"""``<key>.json`` must fit the 100 bytes of a plain tar header, with room for the suffixes below."""
+MAX_KEY_LENGTH = 72
+"""``<key>.json`` must fit the 100 bytes of a plain tar header, with room for both suffixes below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """One recording as a source names it."""
+    """One recording as a source names it; the fields that :class:`~shards.schema.Recording` has too mean the same."""
 
     path: str
     name: str
@@ -20,40 +18,44 @@ class Found:
     where: str
     """File and line, or folder, for messages."""
     source: str
+    offset_bytes: int | None = None
+    num_bytes: int | None = None
+    start_seconds: float | None = None
+    told_seconds: float | None = None
     language: str | None = None
     speaker: str | None = None
     reference: str | None = None
     split: str | None = None
-    told_seconds: float | None = None
+    audio_name: str | None = None
+    json_offset: int | None = None
+    json_bytes: int | None = None
 
 
 def clean_key(name: str) -> str:
-    """``name`` in ``[a-z0-9_-]+``: folders joined by ``-``, everything else that is not allowed becomes ``_``."""
-    key = re.sub(r"[^a-z0-9_-]+", "_", name.lower().replace("/", "-")).strip("_-")
+    """``name`` in ``[a-z0-9_-]+``: folders joined by ``-``, all else that is not allowed becomes one ``_``.
+
+    There are never two ``_`` in a row, so that no key looks like one of :func:`piece_key`.
+    """
+    key = re.sub(r"[^a-z0-9-]+", "_", name.lower().replace("/", "-")).strip("_-")
     if len(key) > MAX_KEY_LENGTH:  # the end of a path says more than its beginning
         key = f"{_digest(name)}-{key[-(MAX_KEY_LENGTH - 9) :]}"
     return key or f"r-{_digest(name)}"
 
 
-def unique_keys(found: Sequence[Found]) -> list[str]:
-    """One key for each recording; where several would have the same one, all of them get a suffix hashed from the name.
+def suffixed_key(key: str, source: str, name: str) -> str:
+    """The key of one of several recordings that have the same clean one; it does not depend on the others.
 
-    So the key of a recording does not depend on the order of the inputs. Equal names in sources of equal names are
-    numbered in the order of their paths.
+    Args:
+        key: The clean one.
+        source: Of the recording, as its name: what tells it from the others.
+        name: What the key was made of.
     """
-    keys = [clean_key(entry.name) for entry in found]
-    counts = Counter(keys)
-    taken = {key for key, count in counts.items() if count == 1}
-    for i in sorted(range(len(found)), key=lambda i: found[i].path):
-        if counts[keys[i]] > 1:
-            suffixed = unique = f"{keys[i]}-{_digest(f'{found[i].source}/{found[i].name}')}"
-            number = 1
-            while unique in taken:
-                number += 1
-                unique = f"{suffixed}-{number}"
-            taken.add(unique)
-            keys[i] = unique
-    return keys
+    return f"{key}-{_digest(f'{source}/{name}')}"
+
+
+def piece_key(key: str, number: int) -> str:
+    """The key of a piece of a recording that was cut, from 0 on: ``<key>__0000``, in the order of their names."""
+    return f"{key}__{number:04d}"
 
 
 def _digest(text: str) -> str:

@@ -4,11 +4,13 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from qad_dist.config import dump_run, load_run, settings_readme
+from qad_dist.config import SourceKind, dump_run, load_run, settings_readme
 from qad_dist.runtime.record import STAGES
+from shards.sources import KINDS
 from tests.conftest import LIMITS, ROOT
 
 TOP_LEVEL = {"pyproject.toml", "launch", "qad_dist", "shards", "configs", "tests", "README.md"}
@@ -93,8 +95,9 @@ def test_nobody_imports_the_programs():
 
 
 def test_environment_is_read_only_where_programs_find_themselves():
-    # The config expands ${QAD_...}; the engine tells accelerate and DeepSpeed what no launcher has told them.
-    allowed = {"qad_dist/runtime/world.py", "qad_dist/runtime/engine.py", "qad_dist/config.py"}
+    # The config expands ${QAD_...}; the engine tells accelerate and DeepSpeed what no launcher has told them; a variable
+    # that asks for a fault reaches every process that is started.
+    allowed = {"qad_dist/runtime/world.py", "qad_dist/runtime/engine.py", "qad_dist/config.py", "shards/faults.py"}
     readers = [
         str(path.relative_to(ROOT))
         for path in MODULES
@@ -139,3 +142,7 @@ def test_embedded_assets_stay_small():
     }
 
     assert all(size <= 4_000_000 for size in sizes.values()), sizes
+
+
+def test_kinds_of_sources_are_the_modules_that_read_them():
+    assert set(get_args(SourceKind)) == set(KINDS)

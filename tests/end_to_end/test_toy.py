@@ -19,6 +19,7 @@ SMALLER = [
     *("train.evaluate_every=3", "train.checkpoint_every=3", "train.micro_batch_tokens=512"),
     # The run's own is float32, for speed on any CPU; the real model's is this.
     *("export.verify_utterances=3", "model.dtype=bfloat16"),
+    "read.workers=1",
 ]
 
 NUM_QUANTIZERS = 42

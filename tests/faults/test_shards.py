@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from shards.errors import NonFiniteError, ShardError, StageError
-from shards.index import INDEX, read_index, read_utterances, verify
+from shards.index import INDEX, read_index, read_utterances
 from shards.labels import LabelHeader, read_labels, write_labels
-from shards.read import read_audio, read_many
+from shards.pack import Progress
+from shards.read import Shards
 from shards.schema import PseudoLabel, Recording
+from shards.verify import verify
 from tests.helpers.packing import hashes_of, pack_tones
 from tests.helpers.tones import make_recordings, number_of, write_tone
 
@@ -46,9 +48,9 @@ def test_a_shard_cut_between_two_utterances_is_noticed_when_they_are_read(folder
     path = folder / "train-000001.tar"
     path.write_bytes(path.read_bytes()[: utterances[3].audio_offset - 512])
 
-    assert len(read_many(folder, utterances[:3])) == 3
+    assert len(Shards(folder).read(utterances[:3])) == 3
     with pytest.raises(ShardError, match=rf"{utterances[3].key}' must have \d+ bytes, got 0; the shard was cut"):
-        read_many(folder, utterances)
+        Shards(folder).read(utterances)
 
 
 @pytest.mark.parametrize("place", ["audio", "json", "header"])
@@ -77,8 +79,8 @@ def test_a_shard_in_the_place_of_another_is_not_read_as_it(tmp_path):
     with pytest.raises(
         ShardError, match=rf"'{second.key}' must be where the index says, got b'{first.key}\.flac' there"
     ):
-        read_audio(folder, replace(second, audio_bytes=first.audio_bytes))
-    assert number_of(read_audio(folder, first)) == int(first.key.removeprefix("tone-"))
+        Shards(folder).read([replace(second, audio_bytes=first.audio_bytes)])
+    assert number_of(Shards(folder).read([first])[0]) == int(first.key.removeprefix("tone-"))
 
 
 def test_a_missing_shard_is_named(folder):
@@ -88,7 +90,7 @@ def test_a_missing_shard_is_named(folder):
     with pytest.raises(ShardError, match=r"heldout-000000\.tar must exist"):
         verify(folder, quick=True)
     with pytest.raises(ShardError, match=r"heldout-000000\.tar must be readable, got 'No such file"):
-        read_audio(folder, utterance)
+        Shards(folder).read([utterance])
 
 
 def test_a_missing_index_means_that_packing_was_not_finished(folder):
@@ -168,8 +170,8 @@ def test_an_interrupted_pack_has_no_index_and_goes_on_where_it_was(tmp_path):
     pack_tones(recordings, tmp_path / "whole", utterances_per_shard=6)
     reported = []
 
-    def interrupt(num_done: int, seconds: float) -> None:
-        reported.append(num_done)
+    def interrupt(progress: Progress) -> None:
+        reported.append(progress)
         if len(reported) == 2:
             raise InterruptError
 
@@ -191,7 +193,7 @@ def test_a_kept_shard_that_no_longer_holds_is_packed_again(tmp_path, damage):
     pack_tones(recordings, tmp_path / "pack", utterances_per_shard=24, holdout=0)
     expected = hashes_of(tmp_path / "pack")
 
-    def interrupt(num_done: int, seconds: float) -> None:
+    def interrupt(progress: Progress) -> None:
         raise InterruptError
 
     with pytest.raises(InterruptError):
@@ -225,8 +227,8 @@ def test_what_was_rejected_is_tried_again_when_an_interrupted_pack_goes_on(tmp_p
             raise PermissionError(13, "Permission denied", str(path))
         return open_file(path, *args, **kwargs)
 
-    def interrupt(num_done: int, seconds: float) -> None:
-        if num_done == 12:
+    def interrupt(progress: Progress) -> None:
+        if progress.num_recordings == 12:
             raise InterruptError
 
     with monkeypatch.context() as patch:
@@ -234,7 +236,7 @@ def test_what_was_rejected_is_tried_again_when_an_interrupted_pack_goes_on(tmp_p
         denied = pack_tones(recordings, tmp_path / "denied", **settings)
         with pytest.raises(InterruptError):
             pack_tones(recordings, tmp_path / "pack", **settings, progress=interrupt)
-    assert (denied.num_rejected, len(tried)) == (1, 2)
+    assert denied.num_rejected == 1 and tried
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("*.tar")}
     pack_tones(recordings, tmp_path / "whole", **settings)
     if not mended:
@@ -259,7 +261,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     recordings = make_recordings(folder / "in", 120)
     print("go", flush=True)
-    sleep = lambda num_done, seconds: time.sleep(3600)  # behind the first shard: it cannot end before it is killed
+    sleep = lambda progress: time.sleep(3600)  # behind the first shard: it cannot end before it is killed
     pack_tones(recordings, folder / "pack", utterances_per_shard=2, processes=2, progress=sleep)
 """
 
@@ -307,7 +309,7 @@ def test_a_packing_process_that_dies_stops_the_pack_and_keeps_the_finished_shard
 
     killed = []
 
-    def kill_one(num_done: int, seconds: float) -> None:
+    def kill_one(progress: Progress) -> None:
         if not killed:
             killed.append(multiprocessing.active_children()[0])
             killed[0].kill()
@@ -319,3 +321,45 @@ def test_a_packing_process_that_dies_stops_the_pack_and_keeps_the_finished_shard
     assert not (tmp_path / "pack" / INDEX).exists()
     pack_tones(recordings, tmp_path / "pack", utterances_per_shard=2)
     verify(tmp_path / "pack")
+
+
+_PACK_WITH_COPIES = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tests.helpers.packing import pack_tones
+from tests.helpers.tones import make_recordings
+
+if __name__ == "__main__":
+    recordings = make_recordings(Path(sys.argv[1]) / "in", 12)
+    recordings += [replace(recordings[i], key=f"copy-{i}", split="test") for i in (1, 4, 7)]
+    pack_tones(recordings, Path(sys.argv[1]) / sys.argv[2], utterances_per_shard=4, processes=int(sys.argv[3]))
+"""
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("point", "processes"),
+    [
+        ("pack.after_tar", 1),
+        ("pack.after_copies", 1),
+        ("pack.before_index", 1),
+        ("pack.after_tar,shard=train-000001.tar", 2),
+    ],
+)
+def test_a_pack_that_is_killed_at_any_point_goes_on_to_the_same_bytes(tmp_path, point, processes):
+    script = tmp_path / "script.py"
+    script.write_text(_PACK_WITH_COPIES)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, tmp_path]
+
+    killed = subprocess.run(
+        [*command, "pack", str(processes)], env={**environment, "QAD_FAULT": f"kill@{point}"}, capture_output=True
+    )
+    assert killed.returncode != 0 and (processes > 1 or killed.returncode == -signal.SIGKILL)
+    assert not (tmp_path / "pack" / INDEX).exists()
+    subprocess.run([*command, "pack", "1"], env=environment, check=True)
+    subprocess.run([*command, "whole", "1"], env=environment, check=True)
+
+    assert len(read_utterances(tmp_path / "pack")) == 12
+    assert hashes_of(tmp_path / "pack") == hashes_of(tmp_path / "whole")

@@ -97,6 +97,7 @@ def write_config(folder: Path, manifest: Path) -> Path:
         "run": str(folder / "run"),
         "model": {"path": str(TEACHER), "dtype": "float32"},
         "pack": {"inputs": [str(manifest)], "holdout": 0, "utterances_per_shard": 8, "processes": 1},
+        "read": {"workers": 1},
         "label": {"batch_audio_seconds": 20},
         "quantize": {"calibration_utterances": 24, "micro_batch_tokens": 1024},
         "train": {

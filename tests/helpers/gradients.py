@@ -32,6 +32,7 @@ from qad_dist.quant.state import enable_checkpointing, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.logs import configure_logging
+from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.world import World, current_world, exit_rank, join_world
 from qad_dist.runtime.zero import read_deepspeed_settings
 from qad_dist.stages import train
@@ -45,7 +46,9 @@ SMALL_STEPS, SMALL_RATE = 8, 5e-5
 
 
 def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
-    run, world = load_run(config, [f"run={run_folder}", f"train.ce_weight={CE_WEIGHT}"]), current_world()
+    # No workers: each would import all that this program imports.
+    changes = [f"run={run_folder}", f"train.ce_weight={CE_WEIGHT}", "read.workers=0"]
+    run, world = load_run(config, changes), current_world()
     configure_logging(world)
     join_world(world, 600)
     # All models first: once a ZeRO-3 plugin exists, whatever is loaded is partitioned.
@@ -56,7 +59,8 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
         _move_away(student)
     rounded_teacher = load_teacher(run.model, CPU, dtype="bfloat16")
     rounded = {f"zero{stage}": _load_student(run, "bfloat16") for stage in (1, 2, 3)}
-    training, heldout = train._labelled_sets(run, teacher)
+    reader = open_reader(run)
+    training, heldout = train._labelled_sets(run, teacher, reader)
     plan = _unequal_plan(run, training)
     data = PlannedBatches(training, plan, world, steps=1)
     batches = [training.batch(indices) for indices in plan.step(0)]
@@ -69,6 +73,7 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     assert report["zero3"]["world_size"] == int(ranks)
     if world.is_main:
         (Path(folder) / "report.json").write_text(json.dumps(report, indent=1))
+    reader.close()
     exit_rank(0)
 
 

@@ -10,14 +10,15 @@ import importlib
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from qad_dist.config import load_run
 from qad_dist.runtime.logs import configure_logging
 from qad_dist.runtime.world import current_world, exit_rank
 
 
 def main(ranks: str, config: str, folder: str, *stages: str) -> None:
+    # Not at the top, which processes that read shards run through, too.
+    import torch.distributed as dist
+
     world = current_world()
     configure_logging(world)
     run = load_run(config, [f"run={folder}"])

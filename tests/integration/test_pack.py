@@ -36,11 +36,12 @@ def test_the_stage_packs_and_records_what_it_made(run, capsys):
     assert (results["num_recordings"], results["num_utterances"], results["num_rejected"]) == (13, 12, 1)
     assert results["rejected_by_reason"] == {"too short": 1}
     assert results["hours"] == pytest.approx(12 * 0.5 / 3600)
-    cells = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split()[0]: line.split()[1:] for line in reversed(lines) if line}  # the first table has the last word
     assert cells["English"] == ["4", "(0.001)", "1", "(0.000)", "1", "(0.000)", "6", "(0.001)", "0"]
     assert cells["German"][-3:] == ["0", "(0.000)", "1"]
     assert cells["all"][-3:] == ["12", "(0.002)", "1"]
-    assert cells["rejected:"] == ["too", "short:", "1"]
+    assert "rejected: too short: 1" in lines
 
 
 def test_a_finished_stage_is_left_alone_and_a_changed_setting_packs_again(run):
@@ -71,9 +72,9 @@ def test_a_dry_run_tells_hours_and_shards_and_writes_nothing(run, capsys):
     stage.dry_run(run)
 
     assert capsys.readouterr().out.splitlines() == [
-        "train: 9 recordings, 0.001 h, 1 shards",
-        "heldout: 2 recordings, 0.000 h, 1 shards",
-        "test: 2 recordings, 0.000 h, 1 shards",
+        "train: 9 recordings, about 0.001 h, 1 shards",
+        "heldout: 2 recordings, about 0.000 h, 1 shards",
+        "test: 2 recordings, about 0.000 h, 1 shards",
     ]
     assert not run.folder.exists()
 

@@ -1,26 +1,30 @@
-"""Labelled sets and the batches of a plan: lengths known beforehand, every rank its share."""
+"""Labelled sets and the batches of a plan: lengths known beforehand, every rank its share, no damage that spreads."""
 
-import threading
-from dataclasses import fields
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from qad_dist.asr.collate import Example, collate
-from qad_dist.asr.dataset import LabelledSet, PlannedBatches
+from qad_dist.asr.dataset import LabelledSet, PlannedBatches, languages_of, mels_ahead
 from qad_dist.asr.load import AsrModel
-from qad_dist.asr.mel import log_mel
+from qad_dist.asr.mel import log_mels
 from qad_dist.batch import Batch
 from qad_dist.runtime.world import World
+from shards.audio import encode_flac
+from shards.errors import ShardError
 from shards.index import read_utterances
 from shards.labelled import LabelledUtterance, Response
 from shards.plan import Plan, plan_epoch
-from shards.read import read_audio
-from shards.schema import Recording, Utterance
-from tests.helpers.packing import pack_tones
-from tests.helpers.tones import write_tone
+from shards.read import Damaged, Shards
+from shards.workers import Reader
+from tests.helpers.damage import spoil
+from tests.helpers.labelled import response_of, table_of
+from tests.helpers.reading import write_shards
+from tests.helpers.tones import make_tone
 
 # Around half a second, around one, and odd numbers of samples.
 SAMPLES = [
@@ -29,31 +33,55 @@ SAMPLES = [
 ]
 
 
-def response_of(tokens: int) -> Response:
-    return Response(np.arange(100, 100 + tokens, dtype=np.int32), "English")
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tone for each length."""
-    folder = tmp_path_factory.mktemp("dataset")
-    recordings = [
-        Recording(
-            path=str(write_tone(folder / "audio" / f"{i}.wav", i, seconds=samples / 16_000)),
-            key=f"tone-{i}",
-            source="tones",
-            speaker=f"s{i}",
-        )
-        for i, samples in enumerate(SAMPLES)
-    ]
-    pack_tones(recordings, folder / "pack", holdout=0)
-    return folder / "pack"
+    folder = tmp_path_factory.mktemp("dataset") / "pack"
+    seconds = {f"tone-{i}": samples / 16_000 for i, samples in enumerate(SAMPLES)}
+    flacs = {f"{key}.flac": encode_flac(make_tone(i, seconds=seconds[key])) for i, key in enumerate(seconds)}
+    shards = {f"train-00000{i}.tar": dict(list(flacs.items())[8 * i : 8 * i + 8]) for i in range(3)}
+    write_shards(folder, shards, seconds=seconds)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def dataset(packed: Path, nano: AsrModel) -> LabelledSet:
-    rows = [(utterance, response_of(1 + i % 7)) for i, utterance in enumerate(read_utterances(packed))]
-    return LabelledSet(rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor)
+def rows(packed: Path) -> list[LabelledUtterance]:
+    return [(utterance, response_of(1 + i % 7)) for i, utterance in enumerate(read_utterances(packed))]
+
+
+def dataset_of(rows: list[LabelledUtterance], reader: Reader, model: AsrModel) -> LabelledSet:
+    return LabelledSet(table_of(rows), reader=reader, prompt=model.prompt, extractor=model.extractor)
+
+
+@pytest.fixture(scope="module")
+def dataset(packed: Path, rows: list[LabelledUtterance], nano: AsrModel) -> Iterator[LabelledSet]:
+    with Reader(Shards(packed)) as reader:
+        yield dataset_of(rows, reader, nano)
+
+
+@pytest.fixture(scope="module")
+def spoilt(
+    packed: Path, rows: list[LabelledUtterance], nano: AsrModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LabelledSet]:
+    """The same, but that the audio of rows 3 and 11 is damaged on the disk."""
+    folder = Path(shutil.copytree(packed, tmp_path_factory.mktemp("spoilt") / "pack"))
+    for index in (3, 11):
+        spoil(folder, rows[index][0])
+    with Reader(Shards(folder)) as reader:
+        yield dataset_of(rows, reader, nano)
+
+
+def assert_equal(found: Batch, expected: Batch, *, but: tuple[str, ...] = ()) -> None:
+    """To the bit."""
+    for field in fields(Batch):
+        left, right = getattr(found, field.name), getattr(expected, field.name)
+        if field.name in but:
+            continue
+        if isinstance(right, torch.Tensor):
+            assert (left.dtype, left.shape, left.device) == (right.dtype, right.shape, right.device)
+            assert left.numpy().tobytes() == right.numpy().tobytes(), field.name
+        else:
+            assert left == right
 
 
 def test_lengths_are_those_of_the_real_batches(dataset: LabelledSet) -> None:
@@ -61,7 +89,7 @@ def test_lengths_are_those_of_the_real_batches(dataset: LabelledSet) -> None:
 
     real = [dataset.batch([i]).num_tokens for i in range(len(dataset.rows))]
 
-    assert dataset.num_tokens == real
+    assert dataset.num_tokens.tolist() == real
     assert len(set(real)) > 10
     assert dataset.batch([3, 0, 11]).num_tokens == real[3] + real[0] + real[11]
 
@@ -85,17 +113,37 @@ def test_batch_has_each_utterances_own_audio_and_label(dataset: LabelledSet, pac
     assert batch.targets_R.tolist() == [token for i in indices for token in dataset.rows[i][1].token_ids]
     mels = batch.mel_MF.split(batch.mel_lengths_U.tolist(), dim=1)
     for i, mel in zip(indices, mels, strict=True):
-        assert torch.equal(mel, log_mel(read_audio(packed, dataset.rows[i][0]), nano.extractor))
+        (expected,) = log_mels(Shards(packed).read([dataset.rows[i][0]]), nano.extractor)
+        torch.testing.assert_close(mel, expected, rtol=0, atol=1e-6)
 
 
-def test_fingerprint_is_of_keys_and_responses_in_their_order(
-    dataset: LabelledSet, packed: Path, nano: AsrModel
+def test_language_is_the_detected_one_if_any_and_else_the_sources_or_the_other_way_round(
+    rows: list[LabelledUtterance],
 ) -> None:
-    (first, one), (second, _), *rest = dataset.rows
-    two = response_of(2)
+    told, untold = (replace(rows[0][0], language=language) for language in ("German", None))
+    chosen = [
+        *((told, response_of(1, "Dutch")), (told, response_of(1, None))),
+        *((untold, response_of(1, "Dutch")), (untold, response_of(1, None))),
+    ]
 
-    def fingerprint(*rows: LabelledUtterance) -> str:
-        return LabelledSet(rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor).fingerprint()
+    found = {}
+    for detected_first in (True, False):
+        codes, names = languages_of(table_of(chosen), detected_first=detected_first)
+        found[detected_first] = [names[code] for code in codes]
+        assert names == sorted(set(found[detected_first]), key=lambda name: name or "")
+
+    assert found == {True: ["Dutch", "German", "Dutch", None], False: ["German", "German", "Dutch", None]}
+
+
+def test_fingerprint_is_of_all_that_decides_plans_and_batches(
+    rows: list[LabelledUtterance], packed: Path, nano: AsrModel
+) -> None:
+    (first, one), (second, _), *rest = rows
+    two = response_of(2)
+    reader = Reader(Shards(packed))
+
+    def fingerprint(*chosen: LabelledUtterance) -> str:
+        return dataset_of(list(chosen), reader, nano).fingerprint()
 
     base = fingerprint((first, one), (second, two))
     others = {
@@ -104,51 +152,78 @@ def test_fingerprint_is_of_keys_and_responses_in_their_order(
         fingerprint((first, two), (second, one)),
         fingerprint((first, one), (second, Response(two.token_ids + 1, "English"))),
         fingerprint((first, one), (rest[0][0], two)),
+        fingerprint((first, one), (second, response_of(2, "German"))),
+        fingerprint((first, one), (replace(second, duration_seconds=second.duration_seconds + 1 / 16_000), two)),
     }
-    assert len(others | {base}) == 6
-    assert fingerprint((first, one), (second, Response(two.token_ids.copy(), None))) == base
+    assert len(others | {base}) == 8
+    assert fingerprint((first, one), (second, Response(two.token_ids.copy(), "English"))) == base
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_any_number_of_threads_packs_what_collating_all_at_once_gives(
-    dataset: LabelledSet, packed: Path, nano: AsrModel, threads: int
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_workers_packs_what_collating_all_at_once_gives(
+    dataset: LabelledSet, rows: list[LabelledUtterance], packed: Path, nano: AsrModel, workers: int
 ) -> None:
     indices = [5, 1, 17, 3, 0, 18, 9, 2, 11]
+    mels = log_mels(Shards(packed).read([rows[i][0] for i in indices]), nano.extractor)
     examples = [
-        Example(
-            key=utterance.key,
-            mel_MF=log_mel(read_audio(packed, utterance), nano.extractor),
-            response_ids=response.token_ids.tolist(),
-        )
-        for utterance, response in (dataset.rows[i] for i in indices)
+        Example(key=rows[i][0].key, mel_MF=mel_MF, response_ids=rows[i][1].token_ids.tolist())
+        for i, mel_MF in zip(indices, mels, strict=True)
     ]
-    expected = collate(examples, prompt=nano.prompt)
-    threaded = LabelledSet(dataset.rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor, threads=threads)
+    expected = [collate(examples, prompt=nano.prompt), dataset.batch([8]), dataset.batch([0, 4])]
 
-    for chosen, whole in ((indices, expected), (indices[:1], dataset.batch(indices[:1]))):
-        batch = threaded.batch(chosen)
-        for field in fields(Batch):
-            found, wanted = getattr(batch, field.name), getattr(whole, field.name)
-            if isinstance(wanted, torch.Tensor):
-                assert (found.dtype, found.shape, found.device) == (wanted.dtype, wanted.shape, wanted.device)
-                assert found.numpy().tobytes() == wanted.numpy().tobytes(), field.name
-            else:
-                assert found == wanted
+    with Reader(Shards(packed), workers=workers) as reader:
+        found = list(dataset_of(rows, reader, nano).batches([indices, [8], [0, 4]]))
+
+    for batch, whole in zip(found, expected, strict=True):
+        assert_equal(batch, whole)
 
 
-def test_utterances_are_read_by_as_many_threads_as_asked_for(
-    dataset: LabelledSet, packed: Path, nano: AsrModel, monkeypatch: pytest.MonkeyPatch
+def test_damaged_utterance_becomes_silence_without_weight_in_an_unchanged_batch(
+    dataset: LabelledSet, spoilt: LabelledSet
 ) -> None:
-    together = threading.Barrier(3)
+    told: list[Damaged] = []
+    indices = [5, 3, 0, 11, 8]
+    (whole,) = dataset.batches([indices])
 
-    def wait_for_others(folder: Path, utterance: Utterance) -> np.ndarray:
-        together.wait(timeout=30)
-        return read_audio(folder, utterance)
+    (batch,) = spoilt.batches([indices], on_damaged=told.append)
 
-    monkeypatch.setattr("qad_dist.asr.dataset.read_audio", wait_for_others)
-    threaded = LabelledSet(dataset.rows, folder=packed, prompt=nano.prompt, extractor=nano.extractor, threads=3)
+    assert [damaged.key for damaged in told] == [spoilt.rows[3][0].key, spoilt.rows[11][0].key]
+    assert_equal(batch, whole, but=("mel_MF", "kl_weight_R", "ce_weight_R", "weighted_rows"))
+    lengths = [len(spoilt.rows[i][1].token_ids) for i in indices]
+    for weight_R in (batch.kl_weight_R, batch.ce_weight_R):
+        parts = weight_R.split(lengths)
+        assert [part.unique().tolist() for part in parts] == [[1.0], [0.0], [1.0], [0.0], [1.0]]
+    assert batch.weighted_rows == whole.weighted_rows - lengths[1] - lengths[3]
+    pairs = zip(*(b.mel_MF.split(b.mel_lengths_U.tolist(), dim=1) for b in (batch, whole)), strict=True)
+    for place, (found, sound) in enumerate(pairs):
+        if place in (1, 3):
+            assert found.unique().tolist() == [-1.5]  # (log10 of the smallest power, -10, and 4) / 4
+        else:
+            torch.testing.assert_close(found, sound, rtol=0, atol=1e-6)
 
-    assert threaded.batch([0, 1, 2]).keys == tuple(dataset.rows[i][0].key for i in range(3))
+
+def test_damaged_utterance_is_an_error_where_all_are_needed(spoilt: LabelledSet) -> None:
+    batches = spoilt.batches([[5, 0], [8, 3]])
+
+    assert next(batches).num_utterances == 2
+    with pytest.raises(ShardError, match=f"utterance '{spoilt.rows[3][0].key}' must "):
+        next(batches)
+
+
+def test_log_mels_come_batch_by_batch_until_one_with_damage(
+    dataset: LabelledSet, spoilt: LabelledSet, nano: AsrModel
+) -> None:
+    batches = [[dataset.rows[i][0] for i in indices] for indices in ([5, 0], [17], [8, 3, 2], [1])]
+    expected = [log_mels(dataset._reader.read(batch), nano.extractor) for batch in batches]
+
+    found = list(mels_ahead(dataset._reader, batches, nano.extractor))
+    until_damage = mels_ahead(spoilt._reader, batches, nano.extractor)
+
+    for mels, wanted in zip(found, expected, strict=True):
+        assert [mel.numpy().tobytes() for mel in mels] == [mel.numpy().tobytes() for mel in wanted]
+    assert [len(next(until_damage)) for _ in range(2)] == [2, 1]
+    with pytest.raises(ShardError, match=f"utterance '{spoilt.rows[3][0].key}' must "):
+        next(until_damage)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -159,6 +234,7 @@ def test_ranks_together_run_the_plan_with_stand_ins_of_no_weight(dataset: Labell
         for rank in range(world_size)
     ]
     steps = len(plan_epoch(dataset.num_tokens, seed=0, epoch=0, token_budget=256, micro_batches_per_step=4))
+    num_empty = 0
     stand_ins = 0
     seen: list[str] = []
 
@@ -167,12 +243,13 @@ def test_ranks_together_run_the_plan_with_stand_ins_of_no_weight(dataset: Labell
 
         assert len({len(share) for share in shares}) == 1  # ZeRO's collectives need every rank
         weighted = [batch for share in shares for batch in share if batch.weighted_rows]
-        keys = sorted(batch.keys for batch in weighted)
-        assert keys == sorted(tuple(dataset.rows[i][0].key for i in indices) for indices in plan.step(step) if indices)
-        assert ranks[0].num_rows(step) == sum(batch.weighted_rows for batch in weighted)
-        assert ranks[-1].audio_seconds(step) == pytest.approx(
-            sum(dataset.audio_seconds(indices) for indices in plan.step(step))
+        filled = [indices for indices in plan.step(step) if indices]
+        num_empty += -len(filled) % world_size
+        assert sorted(batch.keys for batch in weighted) == sorted(
+            tuple(dataset.rows[i][0].key for i in indices) for indices in filled
         )
+        assert ranks[0].num_rows(step) == sum(batch.weighted_rows for batch in weighted)
+        assert ranks[-1].audio_seconds(step) == pytest.approx(sum(map(dataset.audio_seconds, filled)))
         for share in shares:
             for batch in share:
                 if not batch.weighted_rows:
@@ -183,7 +260,8 @@ def test_ranks_together_run_the_plan_with_stand_ins_of_no_weight(dataset: Labell
         seen += [key for batch in weighted for key in batch.keys]
 
     assert sorted(seen) == sorted(utterance.key for utterance, _ in dataset.rows)
-    assert (stand_ins > 0) == (world_size in (3, 5))
+    assert stand_ins == num_empty
+    assert stand_ins or world_size not in (3, 5)
 
 
 def test_first_micro_batches_of_a_rank_are_ranks_positions_of_the_step(dataset: LabelledSet) -> None:
@@ -195,3 +273,34 @@ def test_first_micro_batches_of_a_rank_are_ranks_positions_of_the_step(dataset: 
 
     expected = [tuple(dataset.rows[i][0].key for i in step[position]) for position in (1, 3)]
     assert [batch.keys for batch in batches] == expected
+
+
+def test_damage_changes_neither_the_steps_nor_their_planned_rows(dataset: LabelledSet, spoilt: LabelledSet) -> None:
+    plan = Plan(dataset.num_tokens, seed=0, token_budget=256, micro_batches_per_step=4)
+    world, steps = World(rank=0, local_rank=0, world_size=1), 6
+    told: set[str] = set()
+
+    with (
+        PlannedBatches(dataset, plan, world, steps=steps) as sound,
+        PlannedBatches(spoilt, plan, world, steps=steps, on_damaged=lambda damaged: told.add(damaged.key)) as damaged,
+    ):
+        lost = 0
+        for step in range(steps):
+            assert damaged.num_rows(step) == sound.num_rows(step)
+            for batch, whole in zip(damaged.micro_batches(step), sound.micro_batches(step), strict=True):
+                assert_equal(batch, whole, but=("mel_MF", "kl_weight_R", "ce_weight_R", "weighted_rows"))
+                lost += whole.weighted_rows - batch.weighted_rows
+
+    assert told == {spoilt.rows[i][0].key for i in (3, 11)}
+    assert lost >= sum(len(spoilt.rows[i][1].token_ids) for i in (3, 11))
+
+
+def test_what_nobody_asked_for_is_not_waited_for(dataset: LabelledSet) -> None:
+    """Training that ends early leaves a step that is being prepared."""
+    plan = Plan(dataset.num_tokens, seed=0, token_budget=256, micro_batches_per_step=4)
+    with PlannedBatches(dataset, plan, World(rank=0, local_rank=0, world_size=1), steps=9) as batches:
+        assert next(batches.micro_batches(0)).num_rows
+        pending = [future for futures in batches._pending.values() for future in futures]
+
+    assert pending
+    assert all(future.done() for future in pending)

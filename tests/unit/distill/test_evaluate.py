@@ -1,11 +1,14 @@
 """Evaluation: means over tokens, not over batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from qad_dist.batch import Batch
 from qad_dist.distill.evaluate import Evaluation, evaluate
+from shards.errors import ShardError
 from tests.helpers.states import make_batch, make_models
 
 VOCABULARY, WIDTH = 13, 5
@@ -106,3 +109,28 @@ def test_metrics_carry_their_prefix() -> None:
         "heldout_agreement": 0.75,
         "heldout_response_tokens": 8,
     }
+
+
+def test_rows_without_weight_do_not_count_and_leave_the_others_as_they_are(
+    tables: tuple[Tensor, Tensor, Tensor], batches: list[Batch]
+) -> None:
+    """As those of an utterance that could not be read, beside others in its batch."""
+    whole = batches[2]
+    weight_R = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    part = replace(whole, kl_weight_R=weight_R, ce_weight_R=weight_R, weighted_rows=4)
+    read = make_batch([7, 8, 11, 12], [1, 2, 5, 6])
+
+    found = evaluate(make_models(*tables), [(0, batches[0]), (1, part)], chunk_rows=100)
+
+    assert_close(found, expected_of(tables, [batches[0], read]))
+
+
+def test_set_of_which_nothing_can_be_read_is_an_error_of_all_ranks(
+    tables: tuple[Tensor, Tensor, Tensor], batches: list[Batch]
+) -> None:
+    numbered = [(number, batch.without_weight()) for number, batch in enumerate(batches)]
+
+    with pytest.raises(ShardError, match="^held-out utterances must be readable, got none that is; ") as caught:
+        evaluate(make_models(*tables), numbered, chunk_rows=100)
+
+    assert caught.value.is_shared

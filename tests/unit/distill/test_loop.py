@@ -16,7 +16,7 @@ from qad_dist.distill.evaluate import Evaluation
 from qad_dist.distill.loop import Hooks, accumulate_gradient, train
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import learning_rate_at
-from shards.errors import NonFiniteError
+from shards.errors import NonFiniteError, ShardError
 from tests.helpers.states import make_batch, make_models
 
 VOCABULARY, WIDTH = 29, 6
@@ -139,10 +139,12 @@ def test_batch_without_weight_changes_nothing(models: TeacherAndStudent, student
 
 
 class Recorder:
-    """Evaluations from a list, and everything that the loop tells."""
+    """Evaluations from a list, what cannot be read one utterance a time, and everything that the loop tells."""
 
-    def __init__(self, *kls: float) -> None:
+    def __init__(self, *kls: float, too_many: int = 1_000) -> None:
         self.kls = list(kls)
+        self.quarantined = 0
+        self.too_many = too_many
         self.best: list[int] = []
         self.lines: list[tuple[int, dict[str, float]]] = []
 
@@ -153,7 +155,14 @@ class Recorder:
             ),
             keep_best=lambda step, _: self.best.append(step),
             write=lambda step, values: self.lines.append((step, values)),
+            count_quarantined=self.count_quarantined,
         )
+
+    def count_quarantined(self) -> int:
+        self.quarantined += 1
+        if self.quarantined >= self.too_many:
+            raise ShardError("too many cannot be read")
+        return self.quarantined
 
 
 @pytest.fixture
@@ -310,3 +319,64 @@ def test_heldout_value_that_is_no_number_is_told_and_neither_written_nor_kept(ru
 
     assert recorder.best == [0][: len(kls) - 1]
     assert [s for s, _ in recorder.lines] == recorder.best
+
+
+def test_utterances_that_cannot_be_read_are_counted_for_each_line_and_after_each_evaluation(run_loop, start) -> None:
+    recorder = Recorder(1.0, 0.9, 0.8)
+
+    run_loop(recorder, start, settings(steps=5, log_every=2, evaluate_every=3))
+
+    # Evaluations before training, at 3 and at the end; lines at 2, 4 and, before the evaluation, at the end.
+    assert [(step, line["quarantined"]) for step, line in recorder.lines if "kl" in line] == [(2, 2), (4, 4), (5, 5)]
+    assert recorder.quarantined == 6
+
+
+@pytest.mark.parametrize(
+    ("too_many", "lines", "best", "steps"),
+    [(1, [], [], 0), (2, [0], [0], 2), (3, [0, 2], [0], 2)],
+    ids=["at the first evaluation", "at a line", "at a later evaluation"],
+)
+def test_too_many_that_cannot_be_read_stop_the_loop_before_anything_more_is_written_or_kept(
+    run_loop, start, student, tmp_path: Path, too_many, lines, best, steps
+) -> None:
+    recorder = Recorder(1.0, 0.5, too_many=too_many)
+    before = student.detach().clone()
+
+    with pytest.raises(ShardError, match="^too many cannot be read$"):
+        run_loop(recorder, start, settings(evaluate_every=2))
+
+    assert [step for step, _ in recorder.lines] == lines
+    assert recorder.best == best
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(student.detach(), before) == (steps == 0)
+
+
+def test_step_of_which_nothing_could_be_read_has_no_gradient_and_a_line(run_loop, start, student) -> None:
+    before = student.detach().clone()
+    nothing = [batch_of(3, seed=0).without_weight(), batch_of(8, seed=1).without_weight()]
+    recorder = Recorder(1.0, 0.9)
+
+    run_loop(recorder, start, settings(), PlannedSteps(nothing))
+
+    assert torch.equal(student.detach(), before)
+    assert [line["kl"] for _, line in recorder.lines if "kl" in line] == [0.0, 0.0]
+    assert [line["response_tokens"] for _, line in recorder.lines if "kl" in line] == [0, 0]
+
+
+class PlannedSteps(Steps):
+    """Rows are counted as planned, with a weight or without."""
+
+    def num_rows(self, step: int) -> int:
+        return sum(batch.num_rows for batch in self.steps[step % len(self.steps)])
+
+
+def test_gradient_of_readable_rows_does_not_depend_on_what_became_of_the_others(models, student) -> None:
+    """A batch beside one that could not be read weighs what it weighs beside one that could."""
+    batch, other = batch_of(9, seed=0), batch_of(5, seed=1)
+    engine = PlainEngine(student)
+
+    accumulate_gradient(engine, models, PlannedSteps([batch, other.without_weight()]), settings(), step=0)
+
+    found = student.grad.clone()
+    expected = gradient_of(models, student, [batch]) * 9 / 14
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)

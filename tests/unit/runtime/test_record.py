@@ -92,7 +92,7 @@ def test_record_holds_what_a_reader_needs_to_know(load):
         ("pack.processes=3", list(STAGES)),
         ("pack.max_rejected_share=0.5", list(STAGES)),
         ("train.resume=none", list(STAGES)),
-        ("train.reader_threads=1", list(STAGES)),
+        ("read.workers=1", list(STAGES)),
     ],
 )
 def test_change_of_a_setting_unfinishes_its_stage_and_those_that_read_it_once_it_is_made_again(

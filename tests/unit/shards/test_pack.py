@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import soundfile
 import webdataset
 
 from shards.errors import AudioError, ConfigError, SourceError
-from shards.index import INDEX, read_index, read_utterances, verify
-from shards.pack import REJECTED, plan_shards
-from shards.read import read_audio, read_many
-from shards.sources import read_sources
+from shards.index import INDEX, read_index, read_utterances
+from shards.merge import REJECTED
+from shards.read import Shards
+from shards.schema import Recording
+from shards.verify import verify
 from tests.helpers.packing import hashes_of, pack_tones
 from tests.helpers.tones import make_recordings, number_of, write_tone
 
@@ -36,22 +38,22 @@ def test_every_key_has_its_own_tone_and_reference(packed):
     utterances = read_utterances(packed)
 
     assert sorted(u.key for u in utterances) == sorted(f"tone-{i}" for i in range(40))
-    for utterance, samples in zip(utterances, read_many(packed, utterances), strict=True):
+    for utterance, samples in zip(utterances, Shards(packed).read(utterances), strict=True):
         number = int(utterance.key.removeprefix("tone-"))
         assert number_of(samples) == number
         assert utterance.reference == f"tone số {number}"
         assert len(samples) == utterance.duration_seconds * 16_000
-        np.testing.assert_array_equal(samples, read_audio(packed, utterance))
+        np.testing.assert_array_equal(samples, Shards(packed).read([utterance])[0])
 
 
 def test_utterances_of_several_shards_are_read_in_the_order_that_was_asked_for(packed):
     utterances = read_utterances(packed)[::-3]
 
-    numbers = [number_of(samples) for samples in read_many(packed, utterances)]
+    numbers = [number_of(samples) for samples in Shards(packed).read(utterances)]
 
     assert numbers == [int(utterance.key.removeprefix("tone-")) for utterance in utterances]
     interleaved = [utterances[0], utterances[-1], utterances[1]]
-    assert [number_of(samples) for samples in read_many(packed, interleaved)] == [numbers[0], numbers[-1], numbers[1]]
+    assert [number_of(samples) for samples in Shards(packed).read(interleaved)] == [numbers[0], numbers[-1], numbers[1]]
 
 
 def test_plain_tarfile_reads_pairs_of_flac_and_json_where_the_table_says(packed):
@@ -63,7 +65,10 @@ def test_plain_tarfile_reads_pairs_of_flac_and_json_where_the_table_says(packed)
             record = json.loads(tar.extractfile(about).read())
         assert record == {
             name: getattr(utterance, name)
-            for name in ("key", "language", "duration_seconds", "speaker", "reference", "split", "source")
+            for name in (
+                *("key", "recording", "start_seconds", "duration_seconds"),
+                *("language", "speaker", "reference", "split", "source"),
+            )
         }
 
 
@@ -102,16 +107,6 @@ def test_no_speaker_is_in_train_and_held_out(packed):
     assert speakers["train"] and speakers["heldout"] and not speakers["train"] & speakers["heldout"]
 
 
-def test_shards_mix_languages_whatever_the_order_of_the_source(tmp_path):
-    recordings = sorted(make_recordings(tmp_path, 64), key=lambda recording: recording.language)
-    plan = {"seed": 0, "splits": {}, "holdout": 0, "holdout_by": "speaker", "utterances_per_shard": 16}
-
-    tasks = plan_shards(recordings, **plan)
-
-    assert tasks == plan_shards(recordings[::-1], **plan)
-    assert [len({recording.language for recording in task.recordings}) for task in tasks] == [2, 2, 2, 2]
-
-
 def test_source_splits_decide_the_shard(tmp_path):
     recordings = [
         replace(recording, split=("train", "dev", "test")[i % 3])
@@ -126,7 +121,8 @@ def test_source_splits_decide_the_shard(tmp_path):
 
 
 def test_rejected_recordings_are_named_and_leave_the_other_shards_as_they_are(tmp_path):
-    recordings = make_recordings(tmp_path / "in", 40)
+    # Where no source tells how long a recording lasts, its header does, and decides with it what goes where.
+    recordings = [replace(recording, told_seconds=0.5) for recording in make_recordings(tmp_path / "in", 40)]
     pack_tones(recordings, tmp_path / "whole")
     victim = next(u for u in read_utterances(tmp_path / "whole") if u.shard == "train-000001.tar")
     Path(f"{tmp_path}/in/{victim.key.removeprefix('tone-')}.wav").write_bytes(b"no audio")
@@ -141,23 +137,6 @@ def test_rejected_recordings_are_named_and_leave_the_other_shards_as_they_are(tm
     assert changed == {"train-000001.tar", "utterances.parquet", "rejected.jsonl", "index.json"}
     assert victim.key not in {u.key for u in read_utterances(tmp_path / "pack")}
     verify(tmp_path / "pack")
-
-
-def test_a_piece_from_the_beginning_of_a_longer_recording_is_rejected(tmp_path):
-    """The manifests of NeMo name such a piece by offset 0 and its duration; its reference is not that of the file."""
-    for number in range(3):
-        write_tone(tmp_path / "in" / f"{number}.wav", number, seconds=2)
-    durations = (1.4, 1.6, 9.0)  # a file shorter than told is whole as far as anybody knows
-    rows = [{"audio_filepath": f"{n}.wav", "offset": 0, "duration": told} for n, told in enumerate(durations)]
-    (tmp_path / "in" / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recordings = read_sources([str(tmp_path / "in" / "m.jsonl")], default_language=None)
-
-    report = pack_tones(recordings, tmp_path / "pack", holdout=0, max_rejected_share=0.5)
-
-    assert report.rejected_by_reason == {"longer than told": 1}
-    [rejected] = [json.loads(line) for line in (tmp_path / "pack" / REJECTED).read_text().splitlines()]
-    assert rejected["key"] == "0"
-    assert "must last the 1.4 s of its source, got 2.00 s; cut the recording" in rejected["reason"]
 
 
 def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path):
@@ -186,8 +165,13 @@ def test_too_many_rejections_stop_the_pack_without_an_index(tmp_path):
 
 
 def test_nothing_left_is_an_error_whatever_share_may_be_rejected(tmp_path):
+    recordings = [
+        Recording(path=str(write_tone(tmp_path / f"{i}.wav", i, seconds=1.5)), key=f"k{i}", source="s")
+        for i in range(5)
+    ]
+
     with pytest.raises(AudioError, match=r"pack\.inputs must hold a recording that can be used, got 5 that cannot"):
-        pack_tones(make_recordings(tmp_path / "in", 5), tmp_path / "pack", max_rejected_share=1, max_audio_seconds=0.2)
+        pack_tones(recordings, tmp_path / "pack", max_rejected_share=1, max_audio_seconds=1, long_recordings="reject")
 
     assert not (tmp_path / "pack" / INDEX).exists()
 
@@ -202,12 +186,23 @@ def test_an_unknown_split_is_refused_before_the_old_index_is_touched(tmp_path):
     verify(tmp_path / "pack")
 
 
-@pytest.mark.parametrize(
-    ("count", "message"), [(0, "must hold recordings, got none"), (2, "must be unique, got 'tone-0'")]
-)
-def test_no_recordings_and_equal_keys_are_refused(tmp_path, count, message):
-    with pytest.raises(SourceError, match=message):
-        pack_tones(make_recordings(tmp_path / "in", 1) * count, tmp_path / "pack")
+def test_no_recordings_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="must hold recordings, got none"):
+        pack_tones([], tmp_path / "pack")
+
+
+def test_equal_keys_get_a_suffix_that_does_not_depend_on_the_order(tmp_path):
+    recordings = [replace(recording, key="same") for recording in make_recordings(tmp_path / "in", 3)]
+
+    def keys(listed):
+        pack_tones(listed, tmp_path / "pack", holdout=0)
+        return {u.speaker: u.key for u in read_utterances(tmp_path / "pack")}
+
+    found = keys(recordings)
+
+    assert found == keys(recordings[::-1])
+    assert len(set(found.values())) == 3 and all(re.fullmatch(r"same-[0-9a-f]{8}(-\d)?", key) for key in found.values())
+    verify(tmp_path / "pack")
 
 
 def test_packing_with_other_settings_removes_the_old_shards(tmp_path):
@@ -223,9 +218,10 @@ def test_packing_with_other_settings_removes_the_old_shards(tmp_path):
 def test_progress_ends_with_all_recordings_and_seconds(tmp_path):
     calls = []
 
-    report = pack_tones(
-        make_recordings(tmp_path / "in", 20), tmp_path / "pack", progress=lambda *call: calls.append(call)
-    )
+    report = pack_tones(make_recordings(tmp_path / "in", 20), tmp_path / "pack", progress=calls.append)
 
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert calls[-1] == (20, pytest.approx(report.index.hours * 3600))
+    done = [call.num_recordings for call in calls]
+    assert done == sorted(done) and len(done) == len(report.index.shards)
+    assert (calls[-1].num_recordings, calls[-1].num_recordings_in_all) == (20, 20)
+    assert calls[-1].seconds == pytest.approx(report.index.hours * 3600)
+    assert calls[-1].planned_seconds == calls[-1].planned_seconds_in_all == pytest.approx(calls[-1].seconds)

@@ -2,8 +2,9 @@ from collections import defaultdict
 
 import pytest
 
+from shards.columns import Columns
 from shards.errors import ConfigError
-from shards.schema import Recording
+from shards.schema import SPLITS, Recording
 from shards.splits import assign_splits
 
 NAMES = {"train": "train", "dev": "heldout", "test": "test"}
@@ -16,7 +17,9 @@ def recording(number: int, *, speaker: str | None, language: str | None = "Engli
 
 
 def assign(recordings, *, holdout=0.1, holdout_by="speaker", seed=0):
-    return assign_splits(recordings, splits=NAMES, holdout=holdout, holdout_by=holdout_by, seed=seed)
+    columns = Columns.of(Recording, recordings)
+    places = assign_splits(columns, splits=NAMES, holdout=holdout, holdout_by=holdout_by, seed=seed)
+    return [SPLITS[place] for place in places]
 
 
 def test_names_of_the_source_are_mapped_and_not_set_aside_again():

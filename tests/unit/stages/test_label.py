@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from qad_dist.asr.transcribe import Hypothesis
-from qad_dist.config import LabelConfig, ModelConfig, PackConfig, RunConfig
+from qad_dist.config import LabelConfig, ModelConfig, PackConfig, ReadConfig, RunConfig
 from qad_dist.runtime.record import begin_stage, finish_stage
 from qad_dist.stages import label as stage
 from shards.errors import ModelError, ShardError
 from shards.index import read_utterances
 from shards.labels import read_labels
-from shards.read import read_many
+from shards.read import refuse_damaged
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import make_recordings, number_of
 
@@ -42,6 +42,7 @@ def run(tmp_path: Path, nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
         run=str(tmp_path / "run"),
         model=ModelConfig(path=str(nano_folder)),
         pack=PackConfig(inputs=[str(tmp_path / "in")]),
+        read=ReadConfig(workers=0),
         label=LabelConfig(batch_audio_seconds=5),
     )
     recordings = make_recordings(tmp_path / "in", 12)
@@ -49,7 +50,7 @@ def run(tmp_path: Path, nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> R
     pack_tones(recordings, config.stage_folder("pack"), utterances_per_shard=5)
     finish_stage(config, "pack", results={})
     monkeypatch.setattr(stage, "load_teacher", lambda *_: SimpleNamespace(folder=nano_folder, extractor=None))
-    monkeypatch.setattr(stage, "mels_ahead", lambda folder, batches, _: (read_many(folder, b) for b in batches))
+    monkeypatch.setattr(stage, "mels_ahead", lambda reader, batches, _: map(refuse_damaged, reader.ahead(batches)))
     monkeypatch.setattr(stage, "transcribe", transcribe)
     return config
 

@@ -92,7 +92,7 @@ def folder(tmp_path: Path) -> Path:
                     split="dev" if number == count else "train",
                 )
             )
-    pack_tones(recordings, tmp_path / "run" / "pack", holdout=0)
+    pack_tones(recordings, tmp_path / "run" / "pack", holdout=0, drop_duplicates=False)  # equal tones
     write_label_files(tmp_path / "run", {})
     return tmp_path / "run"
 

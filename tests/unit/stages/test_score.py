@@ -3,6 +3,7 @@
 import json
 import logging
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ def utterance(reference: str | None, *, language: str | None = "English") -> Utt
     return Utterance(
         key="u",
         shard="s.tar",
+        audio_name="u.flac",
         audio_offset=0,
         audio_bytes=1,
         json_offset=0,
         json_bytes=1,
         duration_seconds=1.0,
+        start_seconds=0.0,
+        recording="u",
         split=TEST,
         language=language,
         speaker=None,
@@ -227,7 +231,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     heard = Hypothesis((1, 2), (0.0, 0.0), "word", "English", ENDED_BY_END_TOKEN)
-    monkeypatch.setattr(score, "mels_ahead", lambda folder, batches, extractor: batches)
+    monkeypatch.setattr(score, "mels_ahead", lambda reader, batches, extractor: batches)
     monkeypatch.setattr(score, "transcribe", lambda _, mels, **__: [heard] * len(mels))
     monkeypatch.setattr(score, "_distances", lambda *args: [(0.5, 2)] * len(args[3]))
     monkeypatch.setattr(torch, "equal", counting("equal", torch.equal))
@@ -241,7 +245,7 @@ def test_errors_are_counted_once_and_heads_compared_once(tmp_path: Path, decodes
     utterances = [utterance(reference) for reference in ("word", "", None, "other words", "word")]
     answers = [outcome(number, "word", tokens=2) for number in range(5)]
 
-    outcomes = score._score_system(run, "qad", Model(1.0), (Model(1.0), answers), utterances, world)  # type: ignore[arg-type]
+    outcomes = score._score_system(run, "qad", Model(1.0), (Model(1.0), answers), utterances, None, world)  # type: ignore[arg-type]
     described = _described(tmp_path, None, utterances, outcomes, answers)
     score._write_predictions(run, "qad", utterances, outcomes)
 
@@ -258,7 +262,9 @@ def test_no_distance_to_a_teacher_with_another_head(tmp_path: Path) -> None:
     world = World(rank=0, local_rank=0, world_size=1)
     answers = [outcome(0, "word")]
 
-    (found,) = score._score_system(run_of(tmp_path), "x", Model(1.0), (Model(2.0), answers), [utterance("a")], world)  # type: ignore[arg-type]
+    (found,) = score._score_system(
+        run_of(tmp_path), "x", Model(1.0), (Model(2.0), answers), [utterance("a")], None, world
+    )  # type: ignore[arg-type]
 
     assert (found.kl, found.agreements) == (None, None)
 
@@ -278,6 +284,7 @@ def test_one_student_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.
     for name in (*left_out.split(), "_write_predictions", "_write"):
         monkeypatch.setattr(score, name, lambda *_: None)
     monkeypatch.setattr(score, "_score_system", lambda *_: [])
+    monkeypatch.setattr(score, "open_reader", nullcontext)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
 
