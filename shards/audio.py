@@ -323,7 +323,7 @@ def _resample(blocks: Iterator[Samples], rate_hz: int) -> Iterator[Samples]:
     for samples in blocks if rate_hz == SAMPLE_RATE_HZ else _resampled(blocks, rate_hz):
         if len(samples):
             is_empty = False
-            yield np.clip(samples, -1.0, 1.0)
+            yield np.clip(samples, -1.0, 1.0, out=samples if samples.flags.writeable else None)
     if is_empty:
         raise AudioError("empty: too short for one sample at 16 kHz")
 

@@ -23,7 +23,7 @@ from shards.storage import atomic_write
 
 _ROWS_AT_ONCE = 65_536
 # Headers lie on a file system that answers slowly and many at a time.
-_PROBING_THREADS, _PROBED_AT_ONCE = 16, 64
+_PROBING_THREADS, _PROBED_AT_ONCE = 8, 64
 _COPIED = tuple({field.name for field in fields(Recording)} & {field.name for field in fields(Found)})
 
 
@@ -82,8 +82,19 @@ def _batches(found: Iterable[Found]) -> Iterator[list[Found]]:
 
 
 def recording_of(found: Found) -> Recording:
-    """With a key that may not be unique."""
-    return Recording(key=clean_key(found.name), **{name: getattr(found, name) for name in _COPIED})
+    """With a key that may not be unique; without a member's name that is not UTF-8, which no index can hold."""
+    values = {name: getattr(found, name) for name in _COPIED}
+    if found.audio_name is not None and not _is_utf8(found.audio_name):
+        values["audio_name"] = None
+    return Recording(key=clean_key(found.name), **values)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suffix(found: Found) -> int:

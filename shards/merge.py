@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.columns import values_of
 from shards.duplicates import EXCLUDED, Digests, digests_of, originals
 from shards.errors import AudioError, StageError
 from shards.faults import fault_point
@@ -57,10 +56,11 @@ def merge(plan: TaskFile, settings: ShardSettings, *, drop_duplicates: bool, max
         StageError: Shards are not packed yet.
     """
     folder = plan.folder
-    refuse_unpacked(plan, settings)
+    rows = _listen(plan, settings)
     (folder / INDEX).unlink(missing_ok=True)
-    _put_back_copies(plan, settings, drop_duplicates=drop_duplicates)
-    _take_out_copies(plan, drop_duplicates=drop_duplicates)
+    if _put_back_copies(plan, settings, rows, drop_duplicates=drop_duplicates):
+        rows = _listen(plan, settings)
+    _take_out_copies(plan, rows, drop_duplicates=drop_duplicates)
     left_out = _write_rejected(plan)
     in_all = num_recordings(plan.tasks)
     if left_out.num_rejected > max_rejected_share * in_all:
@@ -94,16 +94,7 @@ def refuse_unpacked(plan: TaskFile, settings: ShardSettings) -> None:
     Raises:
         StageError: Names the first of them.
     """
-    missing = []
-    for number, task in enumerate(plan.tasks):
-        part = read_part(plan.folder, task)
-        if part is None or part[0][0] != fingerprint_of(task, plan.recordings(number), settings):
-            missing.append(task.name)
-    if missing:
-        raise StageError(
-            f"{plan.folder} must hold all {len(plan.tasks)} shards of its plan before they are merged, got "
-            f"{len(missing)} that are not, first {missing[0]}; run pack, or the parts of the array that have them"
-        )
+    _listen(plan, settings)
 
 
 def refuse_too_many(plan: TaskFile, *, num_rejected: int, num_done: int, max_rejected_share: float) -> None:
@@ -187,17 +178,33 @@ class _Listened:
     ranks: npt.NDArray[np.uint64]
     tasks: npt.NDArray[np.int32]
     places: npt.NDArray[np.int32]
+    taken: dict[int, list[str]]
+    """By number of the task: digests of the copies that an interrupted merge has taken out."""
 
     def take(self, rows: npt.NDArray[np.integer]) -> "_Listened":
-        """Some of them."""
-        return _Listened(**{name: column[rows] for name, column in values_of(self).items()})
+        """Some rows."""
+        return _Listened(
+            digests=self.digests[rows],
+            splits=self.splits[rows],
+            ranks=self.ranks[rows],
+            tasks=self.tasks[rows],
+            places=self.places[rows],
+            taken=self.taken,
+        )
 
 
-def _listen(plan: TaskFile) -> _Listened:
-    columns: list[tuple[Any, ...]] = []
+def _listen(plan: TaskFile, settings: ShardSettings) -> _Listened:
+    columns: list[tuple[Any, ...]] = [(digests_of([]), *(np.zeros(0, kind) for kind in (np.int8, "u8", "i4", "i4")))]
+    missing: list[str] = []
+    taken: dict[int, list[str]] = {}
     for number, task in enumerate(plan.tasks):
-        packed = _part(plan, number)[1]
-        size = len(packed.digests)
+        part = read_part(plan.folder, task)
+        if part is None or part[0][0] != fingerprint_of(task, plan.recordings(number), settings):
+            missing.append(task.name)
+            continue
+        packed, size = part[1], len(part[1].digests)
+        if packed.copies:
+            taken[number] = [row["digest"] for row in packed.copies]
         keys = [utterance.key for utterance in packed.utterances]
         splits = [SPLITS.index(utterance.split) for utterance in packed.utterances]
         if task.kind == EXCLUDE:
@@ -205,13 +212,17 @@ def _listen(plan: TaskFile) -> _Listened:
         places = np.arange(size, dtype=np.int32)
         row = (np.array(splits, np.int8), seeded_ranks(0, keys), np.full(size, number, np.int32), places)
         columns.append((digests_of(packed.digests), *row))
+    if missing:
+        raise StageError(
+            f"{plan.folder} must hold all {len(plan.tasks)} shards of its plan before they are merged, got "
+            f"{len(missing)} that are not, first {missing[0]}; run pack, or the parts of the array that have them"
+        )
     digests, splits, ranks, tasks, places = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return _Listened(digests=digests, splits=splits, ranks=ranks, tasks=tasks, places=places)
+    return _Listened(digests=digests, splits=splits, ranks=ranks, tasks=tasks, places=places, taken=taken)
 
 
-def _take_out_copies(plan: TaskFile, *, drop_duplicates: bool) -> None:
+def _take_out_copies(plan: TaskFile, rows: _Listened, *, drop_duplicates: bool) -> None:
     """Take out what is there twice, or only what ``pack.exclude`` has, too."""
-    rows = _listen(plan)
     if not drop_duplicates:  # test utterances are not compared, so that what is excluded comes first
         rows = rows.take(np.flatnonzero(rows.splits != SPLITS.index(TEST)))
     part = lru_cache(maxsize=64)(lambda number: _part(plan, number)[1].utterances)
@@ -233,18 +244,19 @@ def _take_out_copies(plan: TaskFile, *, drop_duplicates: bool) -> None:
         fault_point("pack.after_copies", shard=plan.tasks[number].name)
 
 
-def _put_back_copies(plan: TaskFile, settings: ShardSettings, *, drop_duplicates: bool) -> None:
-    """Pack shards again that an interrupted merge took copies out of, where these are copies of nothing any more."""
-    taken = {number: copies for number in range(len(plan.tasks)) if (copies := _part(plan, number)[1].copies)}
-    if not taken:
-        return
-    rows = _listen(plan)
+def _put_back_copies(plan: TaskFile, settings: ShardSettings, rows: _Listened, *, drop_duplicates: bool) -> bool:
+    """Pack shards again that an interrupted merge took copies out of, where these are copies of nothing any more.
+
+    Returns:
+        Whether there were any.
+    """
     # Half of a digest tells them apart well enough to decide what is packed again.
     known = rows.digests[:, 0] if drop_duplicates else rows.digests[rows.splits == EXCLUDED, 0]
-    for number, copies in taken.items():
-        if not np.isin(digests_of([row["digest"] for row in copies])[:, 0], known).all():
-            (plan.folder / f"{plan.tasks[number].name}{PART}").unlink()
-            pack_task(plan.folder, plan.tasks[number], plan.recordings(number), settings)
+    again = [number for number, texts in rows.taken.items() if not np.isin(digests_of(texts)[:, 0], known).all()]
+    for number in again:
+        (plan.folder / f"{plan.tasks[number].name}{PART}").unlink()
+        pack_task(plan.folder, plan.tasks[number], plan.recordings(number), settings)
+    return bool(again)
 
 
 def _remove_leftovers(folder: Path, names: set[str]) -> None:

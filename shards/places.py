@@ -32,6 +32,14 @@ _MAX_DEPTH = 32
 _CONNECT_SECONDS, _READ_SECONDS = 30, 120
 
 
+_QUERY = re.compile(rf"(?i)((?:{'|'.join(SCHEMES)})://[^\s?'\"]*)\?[^\s'\"]*")
+
+
+def without_queries(text: str) -> str:
+    """A text for people, in which addresses are told without what follows their ``?``: it may be a signature."""
+    return _QUERY.sub(r"\1?...", text)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A file or folder, which need not exist. Made by :meth:`of`, which refuses what is neither path nor address."""
@@ -167,15 +175,15 @@ class Place:
         Raises:
             SourceError: A folder cannot be read.
         """
+        found: list[str] = []
         if self.is_remote:
             found = self._walk_remote()
         else:
             with self._told():
-                found = [
-                    Path(folder, name).relative_to(self.url).as_posix()
-                    for folder, _, names in os.walk(self.url, onerror=_raise)
-                    for name in names
-                ]
+                for folder, _, names in os.walk(self.url, onerror=_raise):
+                    # Once a folder: a Path for each of millions of files costs more than finding them.
+                    relative = os.path.relpath(folder, self.url)
+                    found += names if relative == os.curdir else [f"{relative}/{name}" for name in names]
         return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
     def open(self, *, is_read_once: bool = False) -> BinaryIO:

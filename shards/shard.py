@@ -22,7 +22,7 @@ from shards.cuts import CostOf, SpeechCost, cut, energy
 from shards.errors import AudioError, ShardError
 from shards.faults import fault_point
 from shards.index import ShardEntry, make_entry
-from shards.places import Place
+from shards.places import Place, without_queries
 from shards.schema import SAMPLE_RATE_HZ, TRAIN, Recording, Utterance
 from shards.sources.keys import piece_key
 from shards.storage import fingerprint, read_json, sha256_file, write_json
@@ -172,13 +172,13 @@ def rejection(what: Recording | Utterance, split: str, reason: str) -> dict[str,
         "language": what.language,
         "split": split,
         "start_seconds": what.start_seconds,
-        "reason": reason,
+        "reason": without_queries(reason),
     }
 
 
 def printable(path: str) -> str:
-    """A path as text that JSON in UTF-8 can hold, also if the file system's bytes are not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path or address as text that people may see, also if the file system's bytes are not UTF-8."""
+    return without_queries(os.fsencode(path).decode(errors="backslashreplace"))
 
 
 def _write(folder: Path, task: Task, recordings: Sequence[Recording], settings: ShardSettings, packed: Packed) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
@@ -90,7 +91,8 @@ def plan_pack(
         tasks = (_tars_in_place if layout.in_place else _shards_to_write)(recordings, splits, layout)
         return write_tasks(folder, chain(tasks, _excluded_tasks(excluded)), about=about)
     finally:
-        corpus.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may not be there
+            corpus.unlink()
 
 
 def write_tasks(
@@ -187,10 +189,10 @@ def _tars_in_place(
     rows = ((recording, SPLITS[split]) for recording, split in zip(recordings, splits.tolist(), strict=True))
     for path, members in groupby(rows, key=lambda row: row[0].path):
         found = [replace(recording, split=split) for recording, split in members]
-        if found[0].audio_name is None:
+        if any(recording.audio_name is None for recording in found):
             raise ConfigError(
                 f"pack.in_place must be false for recordings outside WebDataset tars, got true for {path}; "
-                "pack them, or name tars only"
+                "pack them, or name only such tars, with names in UTF-8"
             )
         stem = clean_key(PurePosixPath(path).name.removesuffix(".tar"))
         taken[stem] += 1

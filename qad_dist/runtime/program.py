@@ -19,6 +19,7 @@ from qad_dist.config import RunConfig, dump_run, load_run
 from qad_dist.runtime.logs import configure_logging
 from qad_dist.runtime.world import current_world, exit_rank, program_name
 from shards.errors import ConfigError, QadError, StageError
+from shards.places import without_queries
 
 Command = Callable[..., None]
 """Takes the config, and the options of a program that has some of its own."""
@@ -178,7 +179,7 @@ def tell(error: QadError) -> int:
         # Where rank 0 fails too, its line is enough: the launcher ends this process while it waits.
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     if rank == 0 or not error.is_shared:
-        line = " ".join(str(error).split())
+        line = without_queries(" ".join(str(error).split()))
         print(line if rank == 0 else f"rank={rank} {line}", file=sys.stderr, flush=True)  # noqa: T201
     return error.exit_code
 

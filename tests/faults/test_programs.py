@@ -146,14 +146,14 @@ FAULTS = {
         "pack.max_rejected_share must cover what is rejected, got 0.05 and 1 of 9 recordings: ",
         "bad (unreadable: Format not recognised); see {run}/pack/rejected.jsonl, mend them or raise it",
         unreadable_audio,
-        left=("rejected.jsonl", "*.tar", "*.part.json"),
+        left=("rejected.jsonl", "*.tar", "*.part.json", "tasks.*"),  # by these it goes on
     ),
     "missing audio": Fault(
         "pack",
         "pack.max_rejected_share must cover what is rejected, got 0.05 and 1 of 9 recordings: ",
         "gone (unreadable: No such file or directory); see {run}/pack/rejected.jsonl, mend them or raise it",
         missing_audio,
-        left=("rejected.jsonl", "*.tar", "*.part.json"),
+        left=("rejected.jsonl", "*.tar", "*.part.json", "tasks.*"),  # by these it goes on
     ),
     "empty manifest": Fault(
         "pack",
@@ -163,13 +163,14 @@ FAULTS = {
     ),
     "no manifest": Fault(
         "pack",
-        "pack.inputs must each be a .jsonl manifest or a folder of audio, got '{folder}/no.jsonl' ",
+        "pack.inputs must each be a source (folder, qwen, nemo, lhotse, kaldi, librispeech, vivos, common_voice, "
+        "fleurs, parquet, nemo_tarred, lhotse_shar, webdataset), got '{folder}/no.jsonl' ",
         "write a manifest or mend the path",
         setting("pack.inputs=[{folder}/no.jsonl]"),
     ),
     "run folder below a file": Fault(
         "pack",
-        "{run}/pack/.writable must be writable, got 'Not a directory'; ",
+        "{run}/pack/corpus.arrow must be writable, got 'Not a directory'; ",
         "choose another run folder or mend its permissions",
         file_for_run_folder,
         run="file/run",

@@ -6,7 +6,7 @@ import pytest
 from qad_dist.config import ModelConfig, PackConfig, RunConfig
 from qad_dist.runtime.record import is_finished, require_stage
 from qad_dist.stages import pack as stage
-from shards.errors import ConfigError, ShardError, SourceError
+from shards.errors import ConfigError, ShardError, SourceError, StageError
 from shards.index import read_index, read_utterances
 from tests.helpers.packing import hashes_of
 from tests.helpers.tones import write_tone
@@ -118,3 +118,45 @@ def test_an_edit_that_is_refused_and_undone_leaves_the_finished_pack_as_it_was(r
     assert require_stage(run, "pack")["results"]["num_utterances"] == 12
     stage.run(run)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.stage_folder("pack").iterdir()} == before
+
+
+def test_jobs_of_an_array_make_the_pack_that_one_program_makes(run, tmp_path):
+    whole = run.model_copy(update={"run": str(tmp_path / "whole")})
+    stage.run(whole)
+    small = change(run, utterances_per_shard=3)
+    stage.run(small.model_copy(update={"run": str(tmp_path / "whole")}))
+
+    stage.plan(small)
+    stage.run(small, array="1/2")
+    unfinished = small.stage_folder("pack") / ".train-000000.tar.0123abcd.tmp"  # of the job that still runs
+    unfinished.write_bytes(b"half")
+    with pytest.raises(
+        StageError, match=r"must hold all 5 shards of its plan .* got 3 that are not, first train-000000"
+    ):
+        stage.merge(small)
+    assert unfinished.exists() and not is_finished(small, "pack")
+    stage.run(small, array="0/2")
+    stage.merge(small)
+
+    assert is_finished(small, "pack")
+    names = {path.name for path in small.stage_folder("pack").iterdir()} - {"done.json"}
+    ours, others = (hashes_of(folder) for folder in (small.stage_folder("pack"), tmp_path / "whole" / "pack"))
+    assert names == others.keys() - {"done.json"}
+    assert [ours[name] for name in names] == [others[name] for name in names]
+
+
+@pytest.mark.parametrize("array", ["2/2", "1", "a/b", "-1/2", "1/0", "٠/٢"])
+def test_a_job_number_that_makes_no_sense_is_refused(run, array):
+    with pytest.raises(ConfigError, match=r"--array must be I/N with I from 0 to N - 1"):
+        stage.run(run, array=array)
+
+
+def test_jobs_of_an_array_need_the_plan_of_their_config(run):
+    with pytest.raises(
+        StageError, match=r"must hold the plan of this config, got none; run `python launch/pack.py plan"
+    ):
+        stage.run(run, array="0/2")
+    stage.plan(run)
+
+    with pytest.raises(StageError, match=r"must hold the plan of this config, got none"):
+        stage.run(change(run, holdout=0.5), array="0/2")

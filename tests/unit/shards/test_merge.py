@@ -1,8 +1,10 @@
 """What is there twice, recordings that are cut, and tars that stay where they are."""
 
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,6 +287,22 @@ def test_recordings_outside_tars_cannot_be_indexed_in_place(tmp_path):
         plan_tones(make_recordings(tmp_path / "in", 2), tmp_path / "pack", in_place=True)
 
 
+def test_a_member_with_a_name_that_is_not_utf8_can_be_packed_but_not_indexed_in_place(tmp_path):
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    audio = write_tone(tmp_path / "x.wav", 5).read_bytes()
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("caf\udce9.wav")
+        member.size = len(audio)
+        tar.addfile(member, io.BytesIO(audio))
+
+    pack_tars(folder, tmp_path / "pack", in_place=False)
+
+    assert number_of(Shards(tmp_path / "pack").read(read_utterances(tmp_path / "pack"))[0]) == 5
+    with pytest.raises(ConfigError, match=r"pack\.in_place must be false .* with names in UTF-8"):
+        pack_tars(folder, tmp_path / "in-place", in_place=True)
+
+
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_jobs_of_an_array_and_a_merge_make_the_bytes_of_one_pack(with_copies, tmp_path, count):
     sizes = {"holdout": 0, "utterances_per_shard": 2}
@@ -334,6 +352,6 @@ def test_a_copy_comes_back_when_a_merge_goes_on_and_its_original_is_gone(tmp_pat
 
 def merge_until_copies_are_out(plan) -> None:
     """As a merge that was killed then leaves the folder."""
-    from shards.merge import _take_out_copies
+    from shards.merge import _listen, _take_out_copies
 
-    _take_out_copies(plan, drop_duplicates=True)
+    _take_out_copies(plan, _listen(plan, settings()), drop_duplicates=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import SourceError
-from shards.places import Place
+from shards.places import Place, without_queries
 from shards.sources import read_found
 from tests.helpers.corpora import make_shar, make_vivos, write_lines
 from tests.helpers.serving import Served, serve
@@ -306,3 +306,9 @@ def test_a_remote_manifest_names_audio_beside_it(tmp_path, web):
     assert next(found).path == f"{web.url}/set/a%20b.wav"
     with pytest.raises(SourceError, match=r"m\.jsonl:2: a path must lead to something below .*/set, got '\.\./x\.wav'"):
         next(found)
+
+
+def test_what_people_see_of_an_address_is_without_its_signature():
+    text = "http://host/a.tar?X-Signature=0123&b must be, got 'S3://bucket/b?c=1'; is this a question? no"
+
+    assert without_queries(text) == "http://host/a.tar?... must be, got 'S3://bucket/b?...'; is this a question? no"
