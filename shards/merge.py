@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +19,13 @@ from shards.index import INDEX, Index, IndexWriter, read_index
 from shards.schema import SPLITS, TEST
 from shards.shard import PART, Packed, ShardSettings, fingerprint_of, pack_task, read_part, take_out, write_part
 from shards.splits import seeded_ranks
-from shards.storage import atomic_write
+from shards.storage import atomic_write, sync
 from shards.tasks import EXCLUDE, TaskFile, num_recordings
 
 REJECTED = "rejected.jsonl"
 """One JSON line for each recording that could not be used and each utterance that is a copy, with the reason."""
 
+_SYNCING_THREADS = 8
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
 
 
@@ -71,6 +73,8 @@ def merge(plan: TaskFile, settings: ShardSettings, *, drop_duplicates: bool, max
             f"{left_out.examples}; see {folder / REJECTED}"
         )
     _remove_leftovers(folder, left_out.shards)
+    with ThreadPoolExecutor(_SYNCING_THREADS, thread_name_prefix="sync") as threads:
+        list(threads.map(sync, [path for name in left_out.shards if (path := folder / name).is_file()]))
     fault_point("pack.before_index")
     with IndexWriter(folder) as writer:
         for number in range(len(plan.tasks)):

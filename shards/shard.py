@@ -112,7 +112,8 @@ def write_part(folder: Path, task: Task, packed: Packed, *, plan: list[str]) -> 
     """Note what a task made. After its tar: only a shard with this file beside it is whole."""
     part = {**values_of(packed), "plan": plan, "entry": packed.entry and values_of(packed.entry)}
     part["utterances"] = [values_of(utterance) for utterance in packed.utterances]
-    write_json(folder / f"{task.name}{PART}", part, indent=None)
+    # An interrupted pack that goes on hashes the tar: neither needs to be on disk before all shards are merged.
+    write_json(folder / f"{task.name}{PART}", part, indent=None, durable=False)
 
 
 def read_part(folder: Path, task: Task) -> tuple[list[str], Packed] | None:

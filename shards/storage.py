@@ -17,8 +17,11 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def atomic_write(path: Path) -> Generator[BinaryIO]:
+def atomic_write(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
     """Open a temporary file beside ``path``; it takes that name only when the block ends without an error.
+
+    Without ``durable`` a machine that loses its power may leave part of the file under the name: for files that are
+    looked at again before they count, or synced later by :func:`sync`.
 
     Raises:
         StageError: The folder cannot be made or written to.
@@ -34,7 +37,8 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
         with file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         try:
             os.replace(temporary, path)
         except OSError as cause:
@@ -69,13 +73,13 @@ def publish_folder(temporary: Path, path: Path) -> None:
     write_manifest(temporary)
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
-            _sync(file)
-    _sync(temporary)
+            sync(file)
+    sync(temporary)
     retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     if path.exists():
         os.replace(path, retired)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -135,13 +139,13 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2, durable: bool = True) -> None:
     """Write ``value`` as UTF-8 JSON with sorted keys, atomically: equal values give equal bytes.
 
-    Without ``indent`` it is written several times as fast, for programs only.
+    Without ``indent`` it is written several times as fast, for programs only; ``durable`` as in :func:`atomic_write`.
     """
     text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=durable) as file:
         file.write(text.encode() + b"\n")
 
 
@@ -177,7 +181,8 @@ def folder_bytes(folder: Path, *, suffixes: Iterable[str] = ()) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and (not wanted or f.name.endswith(wanted)))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

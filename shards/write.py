@@ -41,6 +41,8 @@ _TEMPLATE = _template()
 def write_shard(path: Path, found: Iterator[tuple[Utterance, bytes]]) -> tuple[ShardEntry, list[Utterance]] | None:
     """Write a tar that appears whole or not at all, in bounded memory.
 
+    It need not be on disk yet: whoever makes it count syncs it first.
+
     Args:
         path: Of the tar.
         found: Utterances and their FLAC; where the bytes are is filled in.
@@ -53,7 +55,7 @@ def write_shard(path: Path, found: Iterator[tuple[Utterance, bytes]]) -> tuple[S
     """
     if (first := next(found, None)) is None:
         return None
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=False) as file:
         tar = _Tar(file)
         utterances = [tar.add(utterance, flac) for utterance, flac in chain([first], found)]
         tar.end()
