@@ -41,13 +41,14 @@ def assign_splits(
     rows = np.flatnonzero(assigned == train)
     if holdout == 0 or not len(rows):
         return assigned
+    languages, _ = recordings.codes("language")
     for grouped_by in dict.fromkeys([holdout_by, "recording"]):  # the second for languages that gave nobody
-        members = recordings.take(rows)
-        languages, _ = members.codes("language")
-        groups, names = _groups(members, grouped_by)
-        held = _choose(languages, groups, seeded_ranks(seed, names), holdout=holdout)[groups]
+        groups, ranks = _groups(recordings, grouped_by, seed)
+        held = _choose(languages[rows], groups[rows], ranks, holdout=holdout)[groups[rows]]
         assigned[rows[held]] = heldout
-        rows = rows[~np.isin(languages, np.unique(languages[held]))]
+        rows = rows[~np.isin(languages[rows], np.unique(languages[rows][held]))]
+        if not len(rows):
+            break
     return assigned
 
 
@@ -71,32 +72,31 @@ def _mapped(recordings: Columns[Recording], splits: Mapping[str, str]) -> Codes:
     return np.array(places, np.int64)[codes] if places else np.zeros(0, np.int64)
 
 
-def _groups(recordings: Columns[Recording], grouped_by: str) -> tuple[Codes, list[str]]:
-    """What is set aside together: a group for each recording, and the names of the groups."""
+def _groups(recordings: Columns[Recording], grouped_by: str, seed: int) -> tuple[Codes, npt.NDArray[np.uint64]]:
+    """What is set aside together: a group for each recording, and the groups' random order."""
     speakers, names = recordings.codes("speaker")
-    if grouped_by == "speaker" and names and names[-1] is not None:
-        return speakers, [f"speaker {name}" for name in names]
-    files, firsts = _files(recordings)
-    of_files = [f"key {key}" for key in firsts]
-    if grouped_by == "recording" or len(names) <= 1:
+    of_speakers = seeded_ranks(seed, (f"speaker {name}" for name in names if name is not None))
+    if grouped_by == "speaker" and len(of_speakers) == len(names):
+        return speakers, of_speakers
+    files, of_files = _files(recordings, seed)
+    if grouped_by == "recording":
         return files, of_files
-    num_speakers = len(names) - 1  # those without one, the last code, are groups of their own
-    groups = np.where(speakers < num_speakers, speakers, num_speakers + files)
-    return groups, [*(f"speaker {name}" for name in names[:-1]), *of_files]
+    # Those without a speaker, whose code is the last, are groups of their own.
+    groups = np.where(speakers < len(of_speakers), speakers, len(of_speakers) + files)
+    return groups, np.concatenate([of_speakers, of_files])
 
 
-def _files(recordings: Columns[Recording]) -> tuple[Codes, list[str]]:
-    """The file that each recording is, or is a stretch of, and the first key of each file."""
-    keys = [str(key) for key in recordings.texts("key")]
+def _files(recordings: Columns[Recording], seed: int) -> tuple[Codes, npt.NDArray[np.uint64]]:
+    """The file that each recording is, or is a stretch of, and the files' order by the lowest of their keys' ranks."""
+    ranks = seeded_ranks(seed, (f"key {key}" for key in recordings.texts("key")))
     if np.isnan(recordings.numbers("start_seconds").astype(float)).all():
-        return np.arange(len(keys)), keys
-    offsets = recordings.numbers("offset_bytes").astype(float).tolist()
+        return np.arange(len(ranks)), ranks
+    offsets = recordings.numbers("offset_bytes").astype(float)
     places = (f"{path}:{offset}" for path, offset in zip(recordings.texts("path"), offsets, strict=True))
     _, files = np.unique(seeded_ranks(0, places), return_inverse=True)
-    firsts: dict[int, str] = {}
-    for file, key in zip(files.tolist(), keys, strict=True):
-        firsts[file] = min(key, firsts.get(file, key))
-    return files.astype(np.int64), [firsts[file] for file in range(len(firsts))]
+    of_files = np.full(int(files.max()) + 1, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(of_files, files, ranks)
+    return files.astype(np.int64), of_files
 
 
 def _choose(languages: Codes, groups: Codes, ranks: npt.NDArray[np.uint64], *, holdout: float) -> npt.NDArray[np.bool_]:
