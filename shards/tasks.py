@@ -73,7 +73,7 @@ def plan_pack(
 
     Args:
         found: From :func:`~shards.sources.read_found`.
-        folder: Gets :data:`~shards.corpus.TASKS`.
+        folder: Gets :data:`TASKS`.
         layout: The rules.
         excluded: Of ``pack.exclude``.
         about: What else to remember of the plan, JSON-able.

@@ -184,7 +184,11 @@ def _kept_plan(run: RunConfig) -> TaskFile | None:
     folder = run.stage_folder(STAGE)
     if not (folder / TASKS).is_file():
         return None
-    tasks = TaskFile(folder)
+    try:
+        tasks = TaskFile(folder)
+    except ShardError as damage:
+        logger.warning("the plan is damaged and not used: %s", damage)
+        return None
     return tasks if tasks.about == _about(run) else None
 
 

@@ -81,7 +81,7 @@ class Started:
         return found
 
     def rank(self, rank: int, *, limit_seconds: float) -> psutil.Process:
-        """The process of one rank, as soon as it is there.
+        """The process of one rank, as soon as it is there; not one that it has started to read for it.
 
         Raises:
             TimeoutError: It did not come.
@@ -90,7 +90,8 @@ class Started:
         while time.monotonic() < deadline:
             for process in self.processes():
                 try:
-                    if process.environ().get("RANK") == str(rank):
+                    parent = process.parent()
+                    if process.environ().get("RANK") == str(rank) and parent and "RANK" not in parent.environ():
                         return process
                 except psutil.Error:
                     continue

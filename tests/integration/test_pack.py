@@ -160,3 +160,13 @@ def test_jobs_of_an_array_need_the_plan_of_their_config(run):
 
     with pytest.raises(StageError, match=r"must hold the plan of this config, got none"):
         stage.run(change(run, holdout=0.5), array="0/2")
+
+
+def test_a_damaged_plan_is_made_again(run):
+    stage.plan(run)
+    path = run.stage_folder("pack") / "tasks.arrow"
+    path.write_bytes(path.read_bytes()[:100])
+
+    stage.run(run)
+
+    assert is_finished(run, "pack") and not path.exists()
