@@ -93,7 +93,7 @@ def _check_world(world: World, by_shard: dict[str, UtteranceTable]) -> None:
     check_enough_work(world, num_utterances, stage="label")
     if len(by_shard) < world.world_size and world.is_main:
         log.warning(
-            "event=idle_ranks shards=%d ranks=%d remedy='lower pack.utterances_per_shard'",
+            "event=idle_ranks shards=%d ranks=%d remedy='lower pack.hours_per_shard'",
             *(len(by_shard), world.world_size),
         )
 
