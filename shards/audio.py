@@ -9,7 +9,6 @@ import hashlib
 import io
 import math
 import os
-import stat
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,11 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from shards.containers import parse_stream_info
 from shards.decoders import Block, Sound, header_frames, open_sound, open_sound_file, reason_of
 from shards.errors import AudioError, SourceError
 from shards.schema import SAMPLE_RATE_HZ, Recording
+from shards.storage import open_regular
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int16]
@@ -119,6 +120,24 @@ def open_recording(recording: Recording) -> Generator[BinaryIO]:
             yield io.BytesIO(_read_part(file, recording.offset_bytes, recording.num_bytes))
 
 
+def read_recording(recording: Recording, *, min_seconds: float, max_seconds: float) -> Iterator[Samples]:
+    """Decode a recording, or the stretch of its file that it is, block by block: :func:`stream` of what it names.
+
+    Raises:
+        AudioError: As :func:`open_recording` and :func:`stream`.
+        SourceError: As :func:`open_recording`.
+    """
+    is_stretch = recording.start_seconds is not None
+    with open_recording(recording) as file:
+        yield from stream(
+            file,
+            start_seconds=recording.start_seconds,
+            num_seconds=recording.told_seconds if is_stretch else None,
+            min_seconds=min_seconds,
+            max_seconds=max_seconds,
+        )
+
+
 def estimate_seconds(recording: Recording) -> float:
     """About how long a recording lasts, from what it costs nothing to know; never raises."""
     if recording.told_seconds is not None:
@@ -141,10 +160,9 @@ def _seconds_by_first_bytes(path: str) -> float | None:
             head, size = file.read(44), os.fstat(file.fileno()).st_size
     except (AudioError, OSError):
         return None
-    if head[:4] == b"fLaC" and len(head) > 25:
-        packed = int.from_bytes(head[18:26], "big")  # 20 bits of rate, 3 of channels, 5 of depth, 36 of samples
-        rate_hz, frames = packed >> 44, packed & ((1 << 36) - 1)
-        return frames / rate_hz if rate_hz and frames else None
+    if head[:4] == b"fLaC" and len(head) > 41:
+        info = parse_stream_info(head[8:42])
+        return info.num_frames / info.rate_hz if info.rate_hz and info.num_frames else None
     if head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt " and len(head) > 31:
         bytes_per_second = int.from_bytes(head[28:32], "little")
         return (size - len(head)) / bytes_per_second if bytes_per_second else None
@@ -176,7 +194,7 @@ def digest(codes: Codes) -> bytes:
 
 def digest_of_flac(data: bytes) -> bytes:
     """:func:`digest` of what :func:`encode_flac` encoded, by what libFLAC wrote into the header."""
-    return data[26:42]
+    return parse_stream_info(data[8:42]).md5
 
 
 def encode_flac(audio: Samples | Codes) -> bytes:
@@ -369,16 +387,6 @@ def _read_part(file: BinaryIO, offset_bytes: int | None, num_bytes: int | None) 
 
 def _open_regular(path: str | Path) -> BinaryIO:
     try:
-        # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return open_regular(path, buffering=0)  # libsndfile reads on at the descriptor
     except (OSError, ValueError) as cause:
         raise AudioError(f"unreadable: {getattr(cause, 'strerror', None) or cause}") from cause
-    file = os.fdopen(descriptor, "rb", buffering=0, closefd=True) if _is_regular(descriptor) else None
-    if file is None:
-        os.close(descriptor)
-        raise AudioError("unreadable: must be a regular file")
-    return file
-
-
-def _is_regular(descriptor: int) -> bool:
-    return stat.S_ISREG(os.fstat(descriptor).st_mode)

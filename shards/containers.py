@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from shards.errors import AudioError
 from shards.frames import count_frames, find_kind, read_at, skip_tag
@@ -175,13 +175,38 @@ def _look_at_flac(reader: BinaryIO, start: int, size: int) -> Container:
             break
         if head[0] & 0x7F == 0:
             body = read_at(reader, position + 4, 34)
-            md5 = body[18:34] if len(body) == 34 and any(body[18:34]) else b""
-            bits = (int.from_bytes(body[12:14], "big") >> 4 & 31) + 1
-            return Container(kind="flac", md5=md5, bits_per_sample=bits)
+            if len(body) < 34:
+                break
+            info = parse_stream_info(body)
+            return Container(kind="flac", md5=info.md5 if any(info.md5) else b"", bits_per_sample=info.bits_per_sample)
         if head[0] & 0x80:
             break
         position += 4 + int.from_bytes(head[1:], "big")
     return Container(kind="flac")
+
+
+class StreamInfo(NamedTuple):
+    """What the first block of a FLAC file says of its audio."""
+
+    rate_hz: int
+    num_channels: int
+    bits_per_sample: int
+    num_frames: int
+    """0 if it does not say."""
+    md5: bytes
+    """Of the samples; zeros if it does not say."""
+
+
+def parse_stream_info(body: bytes) -> StreamInfo:
+    """Read the 34 bytes of that block, from byte 8 of most files."""
+    packed = int.from_bytes(body[10:18], "big")  # 20 bits of rate, 3 of channels and 5 of bits less one, 36 of frames
+    return StreamInfo(
+        rate_hz=packed >> 44,
+        num_channels=(packed >> 41 & 7) + 1,
+        bits_per_sample=(packed >> 36 & 31) + 1,
+        num_frames=packed & ((1 << 36) - 1),
+        md5=body[18:34],
+    )
 
 
 def _refuse_second_flac(reader: BinaryIO, start: int) -> None:

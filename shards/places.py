@@ -10,7 +10,6 @@ import io
 import os
 import posixpath
 import re
-import stat
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
 from shards.errors import SourceError
+from shards.storage import open_regular
 
 SCHEMES = ("http", "https", "s3")
 
@@ -199,7 +199,7 @@ class Place:
         """
         with self._told():
             if not self.is_remote:
-                return _open_regular(self.url)
+                return open_regular(self.url)
             options = {"block_size": 0} if is_read_once and not self.url.startswith("s3:") else {}
             file = self._file_system().open(self.url, "rb", **options)
             return io.BufferedReader(_RemoteFile(file, self._errors()), buffer_size=1 << 16)
@@ -382,15 +382,6 @@ class _RemoteFile(io.RawIOBase):
             if isinstance(cause, OSError):
                 raise
             raise OSError(_reason(cause)) from cause
-
-
-def _open_regular(path: str) -> BinaryIO:
-    # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("must be a regular file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _is_absent(cause: BaseException | None) -> bool:

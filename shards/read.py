@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from shards.audio import Samples, decode_bytes, decode_flac_codes
 from shards.cache import Cache
+from shards.containers import parse_stream_info
 from shards.errors import AudioError, ConfigError, ShardError
 from shards.faults import fault_point
 from shards.places import Place
@@ -264,8 +265,8 @@ def _is_packed_flac(data: bytes) -> bool:
     """Whether the header of a FLAC file, its first 42 bytes, says mono, 16 kHz and 16 bits."""
     if len(data) < 42 or data[:4] != b"fLaC":
         return False
-    # 20 bits of sample rate, 3 of channels less one, 5 of bits less one, 36 of length.
-    return int.from_bytes(data[18:26], "big") >> 36 == (SAMPLE_RATE_HZ << 8) | 15
+    info = parse_stream_info(data[8:42])
+    return (info.rate_hz, info.num_channels, info.bits_per_sample) == (SAMPLE_RATE_HZ, 1, 16)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

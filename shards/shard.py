@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from shards.audio import Samples, codes_of, digest, digest_of_flac, encode_flac, open_recording, stream
+from shards.audio import Samples, codes_of, digest, digest_of_flac, encode_flac, read_recording
 from shards.columns import values_of
 from shards.cuts import CostOf, SpeechCost, cut, energy
 from shards.errors import AudioError, ShardError
@@ -256,28 +256,22 @@ def _pieces(
 
 def _cut(recording: Recording, settings: ShardSettings, *, encoded: bool) -> Iterator[_Piece]:
     is_cut = settings.long_recordings != "reject"
-    told, is_stretch = recording.told_seconds, recording.start_seconds is not None
+    longest = settings.max_recording_seconds if is_cut else settings.max_audio_seconds
+    blocks = read_recording(recording, min_seconds=settings.min_audio_seconds, max_seconds=longest)
+    limits = {"max_seconds": settings.max_audio_seconds, "min_seconds": settings.min_audio_seconds}
     seconds = 0.0
-    with open_recording(recording) as file:
-        blocks = stream(
-            file,
-            start_seconds=recording.start_seconds,
-            num_seconds=told if is_stretch else None,
-            min_seconds=settings.min_audio_seconds,
-            max_seconds=settings.max_recording_seconds if is_cut else settings.max_audio_seconds,
+    for start, samples in cut(blocks, cost_of=_cost_of(settings), **limits) if is_cut else _whole(blocks):
+        codes = codes_of(samples)
+        seconds += len(codes) / SAMPLE_RATE_HZ
+        flac = encode_flac(codes) if encoded else b""
+        yield _Piece(
+            flac=flac,
+            start_seconds=(recording.start_seconds or 0.0) + start / SAMPLE_RATE_HZ,
+            duration_seconds=len(codes) / SAMPLE_RATE_HZ,
+            digest=(digest_of_flac(flac) if encoded else digest(codes)).hex(),
         )
-        limits = {"max_seconds": settings.max_audio_seconds, "min_seconds": settings.min_audio_seconds}
-        for start, samples in cut(blocks, cost_of=_cost_of(settings), **limits) if is_cut else _whole(blocks):
-            codes = codes_of(samples)
-            seconds += len(codes) / SAMPLE_RATE_HZ
-            flac = encode_flac(codes) if encoded else b""
-            yield _Piece(
-                flac=flac,
-                start_seconds=(recording.start_seconds or 0.0) + start / SAMPLE_RATE_HZ,
-                duration_seconds=len(codes) / SAMPLE_RATE_HZ,
-                digest=(digest_of_flac(flac) if encoded else digest(codes)).hex(),
-            )
-    if told is not None and not is_stretch and seconds > told + _TOLD_SLACK_SECONDS:
+    told = recording.told_seconds
+    if told is not None and recording.start_seconds is None and seconds > told + _TOLD_SLACK_SECONDS:
         raise AudioError(
             f"longer than told: must last the {told:g} s of its source, got {seconds:.2f} s; "
             "say where it begins (offset), or correct the duration"

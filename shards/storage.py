@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -179,6 +180,21 @@ def folder_bytes(folder: Path, *, suffixes: Iterable[str] = ()) -> int:
     """Sum of the sizes of all files below ``folder`` (only those with one of ``suffixes``, if any are given)."""
     wanted = tuple(suffixes)
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and (not wanted or f.name.endswith(wanted)))
+
+
+def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading; a pipe or device is refused, since opening it could wait for ever.
+
+    Raises:
+        OSError: It is no regular file, or cannot be opened.
+        ValueError: The path cannot be one.
+    """
+    # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("must be a regular file")
+    return os.fdopen(descriptor, "rb", buffering=buffering)  # type: ignore[return-value]  # its kind depends on it
 
 
 def sync(path: Path) -> None:

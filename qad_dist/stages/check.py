@@ -145,21 +145,14 @@ def _beginning(recording: Recording, run: RunConfig) -> "np.ndarray":
     """
     import numpy as np
 
-    from shards.audio import open_recording, stream
+    from shards.audio import read_recording
 
     pack = run.pack
     most = pack.max_audio_seconds if pack.long_recordings == "reject" else pack.max_recording_hours * 3600
     blocks, missing = [], round(pack.max_audio_seconds * SAMPLE_RATE_HZ)
-    with open_recording(recording) as file:
-        for block_A in stream(
-            file,
-            start_seconds=recording.start_seconds,
-            num_seconds=None if recording.start_seconds is None else recording.told_seconds,
-            min_seconds=pack.min_audio_seconds,
-            max_seconds=most,
-        ):
-            blocks.append(block_A[:missing])
-            missing -= len(blocks[-1])
-            if not missing:
-                break
+    for block_A in read_recording(recording, min_seconds=pack.min_audio_seconds, max_seconds=most):
+        blocks.append(block_A[:missing])
+        missing -= len(blocks[-1])
+        if not missing:
+            break
     return np.concatenate(blocks)
