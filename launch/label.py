@@ -1,6 +1,7 @@
-"""Label every utterance with the full-precision teacher, on all ranks.
+"""Label every utterance with the full-precision teacher, on all ranks, and judge the labels.
 
 accelerate launch --config_file configs/accelerate/one_node.yaml launch/label.py --config configs/toy.yaml
+python launch/label.py judge --config configs/toy.yaml --set label.filters.loop.action=kl_only
 python launch/label.py verify --config configs/toy.yaml
 """
 
@@ -16,6 +17,12 @@ def _run(config: RunConfig) -> None:
     label.run(config)
 
 
+def _judge(config: RunConfig) -> None:
+    from qad_dist.stages import label
+
+    label.judge(config)
+
+
 def _verify(config: RunConfig) -> None:
     from qad_dist.stages import label
 
@@ -29,4 +36,4 @@ def _dry_run(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(__doc__, {"run": _run, "verify": _verify}, dry_run=_dry_run))
+    sys.exit(run_program(__doc__, {"run": _run, "judge": _judge, "verify": _verify}, dry_run=_dry_run))

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
+from qad_dist.filters import FiltersConfig
+from qad_dist.section import Section
 from shards.errors import ConfigError
 from shards.schema import SPLITS
 
@@ -39,12 +42,6 @@ SourceKind = Literal[
 """``auto``, and the modules of :mod:`shards.sources`."""
 
 MAX_CONFIG_BYTES = 1_000_000
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and no name that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -128,10 +125,44 @@ class LabelConfig(Section):
 
     splits: list[Split] = ["train", "heldout"]
     """Splits to label. ``test`` is decoded by score."""
+    max_hours_per_language: float | None = Field(default=None, gt=0)
+    """Most audio of one language to label in each split, in the order of the shards; the rest is left unlabelled."""
+    language: Literal["auto", "manifest"] = "auto"
+    """``auto``: the teacher names the language; ``manifest``: it is told the source's, where there is one."""
+    context: str = Field(default="", max_length=10_000)
+    """Text of the prompt's system turn: names and terms to expect. Training and calibration use the same prompt."""
+    second_pass: Literal["none", "manifest"] = "none"  # noqa: S105  no password
+    """``manifest``: rejected utterances are labelled once more, with the source's language, where there is one."""
     batch_audio_seconds: float = Field(default=160.0, gt=0)
-    """Audio in one batch, padding counted; sets the memory of labelling."""
+    """Audio that goes through the audio tower and the prompts' forward pass at once, padding counted."""
+    slots: int = Field(default=128, ge=1)
+    """Utterances of a rank that are decoded at once; an ended one makes place for the next of its shard."""
     max_response_tokens: int = Field(default=448, ge=8)
     """A response that is longer counts as runaway (``ended_by: length``)."""
+    max_tokens_per_second: float = Field(default=25.0, gt=0)
+    """So does one that is longer than 32 tokens and this many for each second of its audio."""
+    hidden_states: bool = False
+    """Also store the teacher's final hidden states, 2 KB a token, for training without its forward pass."""
+    stale_seconds: float = Field(default=120.0, ge=1)
+    """A rank that makes no progress for so long loses its shard to another one."""
+    backend: Literal["torch", "vllm"] = "torch"
+    """What decodes: this project, or a vLLM server."""
+    vllm_url: str | None = None
+    """Address of a running server, ``http://host:port``; None starts one for each rank with ``vllm_python``."""
+    vllm_python: str | None = None
+    """Python of an environment that has vLLM; it cannot be this one, as it needs another torch."""
+    filters: FiltersConfig = FiltersConfig()
+    """Which labels are used for calibration and training."""
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> Self:
+        if self.backend == "vllm" and self.vllm_url is None and self.vllm_python is None:
+            raise ConfigError(
+                "label.backend vllm needs a server, got neither label.vllm_url nor label.vllm_python; set one of them"
+            )
+        if self.backend == "vllm" and self.hidden_states:
+            raise ConfigError("label.hidden_states needs label.backend torch, got vllm; vLLM does not give them")
+        return self
 
 
 class QuantizeConfig(Section):
@@ -431,39 +462,52 @@ def settings_table() -> str:
     """All settings as Markdown: name, type, default, meaning; the body of ``configs/README.md``."""
     lines: list[str] = []
     for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += [
-                "",
-                f"## `{name}:`",
-                "",
-                _first_line(section.__doc__).replace("``", "`"),
-                "",
-                *_rows(section, f"{name}."),
-            ]
+        if (section := _section_of(field)) is not None:
+            lines += _table(section, name)
     return "\n".join(["## The run", "", *_rows(RunConfig, ""), *lines, ""])
 
 
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _table(section: type[Section], name: str) -> list[str]:
+    """A section, and behind it the one inside it."""
+    doc = _first_line(section.__doc__).replace("``", "`")
+    lines = ["", f"## `{name}:`", "", doc, "", *_rows(section, f"{name}.")]
+    for inner, field in section.model_fields.items():
+        if "." not in name and (nested := _section_of(field)) is not None:
+            lines += _table(nested, f"{name}.{inner}")
+    return lines
+
+
 def _rows(section: type[Section], prefix: str) -> list[str]:
-    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    return ["| setting | type | default | meaning |", "|---|---|---|---|", *_settings(section, prefix)]
+
+
+def _settings(section: type[Section], prefix: str) -> list[str]:
+    rows = []
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if (nested := _section_of(field)) is not None:
+            if prefix.count(".") == 2:  # sections in a section of a section have no table of their own
+                rows += [f"| **`{prefix}{name}`** | | | {field.description} |", *_settings(nested, f"{prefix}{name}.")]
             continue
+        kind = field.annotation
         text = getattr(kind, "__name__", "") if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
         text = text.replace("typing.", "").replace("NoneType", "None").replace("|", "or")
         text = re.sub(r"Optional\[(.*)\]", r"\1 or None", text)
         text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices.group(1).replace("'", "`"), text)
         default = "required" if field.is_required() else f"`{field.default!r}`"
         limits = ", ".join(str(rule) for rule in field.metadata)
-        limits = re.sub(r"(Ge|Gt|Le|Lt|MinLen)\(\w+=([^)]*)\)", _limit, limits)
+        limits = re.sub(r"(Ge|Gt|Le|Lt|MinLen|MaxLen)\(\w+=([^)]*)\)", _limit, limits)
         meaning = " ".join((field.description or "").split()).replace("``", "`") + (f" ({limits})" if limits else "")
         rows.append(f"| `{prefix}{name}` | {text} | {default} | {meaning} |")
     return rows
 
 
 def _limit(match: re.Match[str]) -> str:
-    sign = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<", "MinLen": "at least"}[match.group(1)]
+    sign = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<", "MinLen": "at least", "MaxLen": "at most"}[match.group(1)]
     return f"{sign} {match.group(2)}"
 
 

@@ -274,7 +274,9 @@ class Plan:
         return [members[i].tolist() for i in random.permutation(len(members))]
 
 
-def plan_decoding(durations: Sequence[float] | NDArray[np.floating], *, batch_audio_seconds: float) -> list[MicroBatch]:
+def plan_decoding(
+    durations: Sequence[float] | NDArray[np.floating], *, batch_audio_seconds: float, max_utterances: int | None = None
+) -> list[MicroBatch]:
     """Batches for labelling and scoring, longest utterances first.
 
     The memory of a batch has a part that grows with its audio, largest in the first batches, and a part that grows with
@@ -284,6 +286,7 @@ def plan_decoding(durations: Sequence[float] | NDArray[np.floating], *, batch_au
         durations: Seconds of each utterance.
         batch_audio_seconds: Most seconds in a batch, padding to its longest utterance counted and no utterance for less
             than :data:`MIN_CHARGED_SECONDS`; a longer utterance is a batch of its own.
+        max_utterances: Most utterances in a batch, at least 1; None for as many as fit.
 
     Returns:
         Batches of indices into ``durations``, each index once.
@@ -300,6 +303,7 @@ def plan_decoding(durations: Sequence[float] | NDArray[np.floating], *, batch_au
             size += 1
         elif size > 1 and size * charged > batch_audio_seconds:
             size -= 1
+        size = min(size, max_utterances or size)
         batches.append(order[start : start + size].tolist())
         start += size
     return batches

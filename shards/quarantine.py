@@ -62,25 +62,12 @@ class Quarantine:
                 self._damaged[damaged.key] = damaged
 
     def check(self, damaged: Iterable[Damaged]) -> None:
-        """Refuse to go on without too much of the data.
+        """Refuse to go on without too much of the data, as :func:`check_damaged`.
 
         Args:
             damaged: Of all ranks; an utterance that several of them met counts once.
-
-        Raises:
-            ShardError: There are more than the limit.
         """
-        reasons = {one.key: one.reason for one in damaged}
-        # As the number is written: 0.29 of 100 are 29, though as a binary fraction it is less.
-        limit = math.floor(Fraction(str(self._max_share)) * self._num_utterances)
-        if len(reasons) <= limit:
-            return
-        examples = ", ".join(f"{key} ({reason})" for key, reason in sorted(reasons.items())[:_EXAMPLES])
-        raise ShardError(
-            f"read.max_quarantined_share must cover what cannot be read, got {self._max_share:g} (at most {limit} of "
-            f"{self._num_utterances} utterances) and {len(reasons)}: {examples}; see {self.path}, mend the shards or "
-            "raise it"
-        )
+        check_damaged(damaged, num_utterances=self._num_utterances, max_share=self._max_share, see=self.path)
 
     def _append(self, damaged: Damaged) -> None:
         line = json.dumps(asdict(damaged), sort_keys=True).encode() + b"\n"
@@ -94,6 +81,30 @@ class Quarantine:
             raise StageError(
                 f"{self.path} must be writable, got {cause.strerror!r}; mend the disk or its permissions"
             ) from cause
+
+
+def check_damaged(damaged: Iterable[Damaged], *, num_utterances: int, max_share: float, see: Path) -> None:
+    """Refuse to go on without too much of the data.
+
+    Args:
+        damaged: Utterances that cannot be read; one that is there twice counts once.
+        num_utterances: Of the data set.
+        max_share: ``read.max_quarantined_share``: this part of them, rounded down, may be damaged.
+        see: Where they are written down.
+
+    Raises:
+        ShardError: There are more than the limit.
+    """
+    reasons = {one.key: one.reason for one in damaged}
+    # As the number is written: 0.29 of 100 are 29, though as a binary fraction it is less.
+    limit = math.floor(Fraction(str(max_share)) * num_utterances)
+    if len(reasons) <= limit:
+        return
+    examples = ", ".join(f"{key} ({reason})" for key, reason in sorted(reasons.items())[:_EXAMPLES])
+    raise ShardError(
+        f"read.max_quarantined_share must cover what cannot be read, got {max_share:g} (at most {limit} of "
+        f"{num_utterances} utterances) and {len(reasons)}: {examples}; see {see}, mend the shards or raise it"
+    )
 
 
 def _read(path: Path) -> list[Damaged]:

@@ -11,6 +11,8 @@ SPLITS = (TRAIN, HELDOUT, TEST)
 
 # How the generation of a response ended.
 ENDED_BY_END_TOKEN, ENDED_BY_LENGTH = "end_token", "length"
+UNREADABLE = "unreadable"
+"""Stands there for an utterance whose audio cannot be read: its label is empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +82,25 @@ class PseudoLabel:
 
     key: str
     token_ids: tuple[int, ...]
-    """The exact response: language tag, text and end token as generated (no end token if ended by length)."""
+    """The exact response as generated: language tag (in automatic mode), text and end token (not if ended by length).
+
+    Empty for an utterance that cannot be read, and only for that."""
     text: str
     language: str | None
-    """As the teacher detected it; None for ``language None`` or a response without a tag."""
+    """As the teacher detected it, or was told; None for ``language None`` or a response without a tag."""
+    prompt_language: str | None = None
+    """The language that the prompt told the teacher; None in automatic mode, where the response names it."""
     token_logprobs: tuple[float, ...]
     """Natural log-probability of each token under the teacher."""
-    mean_logprob: float
+    mean_logprob: float | None
+    """Of the tokens; None without any."""
     ended_by: str
-    """:data:`ENDED_BY_END_TOKEN` or :data:`ENDED_BY_LENGTH`."""
+    """:data:`ENDED_BY_END_TOKEN`, :data:`ENDED_BY_LENGTH` or :data:`UNREADABLE`."""
     duration_seconds: float
+    error: str | None = None
+    """Why the audio cannot be read."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the response."""
+        return len(self.token_ids)

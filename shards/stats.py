@@ -10,15 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ConfigError
 from shards.index import UNKNOWN_LANGUAGE
+from shards.pictures import in_unit, new_figure, number_text, save_figure, tidy
 from shards.schema import SPLITS
-from shards.storage import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,35 +118,24 @@ def draw(stats: Stats, path: Path) -> None:
         ConfigError: Matplotlib is not installed.
         StageError: ``path`` cannot be written.
     """
-    try:
-        # Without pyplot: no state outside this figure, no display.
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as cause:
-        raise ConfigError(
-            f"{path.name} must be drawn by matplotlib, got {cause}; install it: pip install 'qad-dist[plots]'"
-        ) from cause
     rows = max(2, len(stats.languages))
     heights = (0.27 * rows + 0.5, 2.6)
-    figure = Figure(
-        figsize=(11, sum(heights) + 1.9), dpi=150, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.04)
-    )
+    figure = new_figure(path, width=11, height=sum(heights) + 1.9)
     grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(3, 2))
     hours_axes = figure.add_subplot(grid[0, 0])
     order = np.argsort(stats.seconds_LS.sum(axis=1), kind="stable")
     _draw_hours(hours_axes, stats, order)
     _draw_spread(figure.add_subplot(grid[0, 1], sharey=hours_axes), stats, order)
     _draw_histogram(figure.add_subplot(grid[1, :]), stats)
-    value, unit = _in_unit(float(stats.seconds_LS.sum()))
+    value, unit = in_unit(float(stats.seconds_LS.sum()))
     num_languages = len(set(stats.languages) - {UNKNOWN_LANGUAGE})
     languages = "1 language" if num_languages == 1 else f"{num_languages} languages"
     figure.suptitle(
-        f"{_number(value)} {unit} of speech in {stats.num_utterances_LS.sum():,} utterances, {languages}",
+        f"{number_text(value)} {unit} of speech in {stats.num_utterances_LS.sum():,} utterances, {languages}",
         fontsize=14,
         fontweight="bold",
     )
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _bins(seconds: npt.NDArray[np.float64]) -> tuple[float, int, bool]:
@@ -207,7 +195,7 @@ def _bin_labels(stats: Stats) -> list[str]:
 
 def _draw_hours(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None:
     totals = stats.seconds_LS.sum(axis=1)[order]
-    longest, unit = _in_unit(float(totals.max(initial=0)))
+    longest, unit = in_unit(float(totals.max(initial=0)))
     factor = longest / totals.max(initial=0) if longest else 1.0
     left = np.zeros(len(order))
     places = np.arange(len(order))
@@ -217,7 +205,7 @@ def _draw_hours(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None
         left += widths
     for place, total in zip(places.tolist(), left.tolist(), strict=True):
         axes.annotate(
-            _number(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            number_text(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_yticks(places, [stats.languages[number] for number in order.tolist()], fontsize=9)
     axes.set_ylim(-0.7, len(order) - 0.3)
@@ -227,7 +215,7 @@ def _draw_hours(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None
     axes.set_title("Speech per language and split", fontsize=11, loc="left")
     # Above the axes, where no bar can be behind it.
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(SPLITS), fontsize=9)
-    _tidy(axes, "x")
+    tidy(axes, "x")
 
 
 def _draw_spread(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None:
@@ -241,7 +229,7 @@ def _draw_spread(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> Non
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds")
     axes.set_title("Durations: median, and 5 to 95 %", fontsize=11, loc="left")
-    _tidy(axes, "x")
+    tidy(axes, "x")
 
 
 def _draw_histogram(axes: "Axes", stats: Stats) -> None:
@@ -264,25 +252,4 @@ def _draw_histogram(axes: "Axes", stats: Stats) -> None:
     axes.set_xlabel("seconds")
     axes.set_ylabel("utterances")
     axes.set_title("How long utterances last", fontsize=11, loc="left")
-    _tidy(axes, "y")
-
-
-def _tidy(axes: "Axes", along: Literal["x", "y"]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(color="#999999", labelsize=9)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis=along, color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _in_unit(seconds: float) -> tuple[float, str]:
-    for length, unit in ((3600, "hours"), (60, "minutes")):
-        if seconds >= length:
-            return seconds / length, unit
-    return seconds, "seconds"
-
-
-def _number(value: float) -> str:
-    """About three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    tidy(axes, "y")

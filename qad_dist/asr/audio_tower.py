@@ -75,7 +75,7 @@ def window_lengths(lengths_U: Tensor, *, window_frames: int | None) -> Tensor:
         lengths_U: int64 mel frames per utterance, on the host.
         window_frames: The tower's ``n_window_infer``; None for one stretch per utterance.
     """
-    tokens_U = [num_audio_tokens(int(frames)) for frames in lengths_U]
+    tokens_U = [num_audio_tokens(frames) for frames in lengths_U.tolist()]
     if window_frames is None:
         return torch.tensor(tokens_U)
     window = window_frames // CHUNK_FRAMES * TOKENS_PER_CHUNK
@@ -105,10 +105,10 @@ def encode(tower: Any, mel_MF: Tensor, lengths_U: Tensor, *, audio_attention: st
     for part, keep in zip(states.split(tower.conv_chunksize), keep_CF.split(tower.conv_chunksize), strict=True):
         for convolution in (tower.conv2d1, tower.conv2d2, tower.conv2d3):
             keep = keep[:, ::2]  # frame f of the output is centred on frame 2f of the input
-            part = F.gelu(convolution(part)) * keep[:, None, None, :]
+            part = F.gelu(convolution(part)).mul_(keep[:, None, None, :])
         convolved.append(part)
     states = torch.cat(convolved).permute(0, 3, 1, 2).flatten(2)  # [C, 13, channels x mel]
-    states = tower.conv_out(states)
+    states = tower.conv_out(states.flatten(0, 1)).unflatten(0, (-1, TOKENS_PER_CHUNK))
     states = states + tower.positional_embedding.positional_embedding[: states.shape[1]].to(dtype)
     is_token_CP = torch.arange(TOKENS_PER_CHUNK) < chunks.tokens_C[:, None]
     hidden_PD = states.flatten(0, 1)[is_token_CP.flatten().nonzero().squeeze(1).to(device)]

@@ -20,6 +20,7 @@ from shards.labelled import LabelledTable, LabelledUtterance
 from shards.plan import Plan, share_of_rank
 from shards.read import Damaged, read_ahead, refuse_damaged
 from shards.schema import SAMPLE_RATE_HZ, Utterance
+from shards.storage import fingerprint
 from shards.workers import Reader
 
 OnDamaged = Callable[[Damaged], None]
@@ -64,15 +65,19 @@ class LabelledSet:
         Args:
             rows: What to learn from; their order is the plan's index.
             reader: Of the shards; batches do not depend on its number of workers.
-            prompt: The model's.
+            prompt: The model's, with the context of the run.
             extractor: The model's.
         """
         self.rows = rows
         self.seconds = rows.utterances.numbers("duration_seconds")
         durations, places = np.unique(self.seconds, return_inverse=True)
         prompts = [num_packed_tokens(prompt, duration_seconds=d, num_response_tokens=0) for d in durations.tolist()]
+        automatic = prompt.num_prompt_tokens(0)
+        told = [prompt.num_prompt_tokens(0, language=name) - automatic for name in rows.responses.names]
         self._num_response_tokens = rows.responses.num_tokens
-        self.num_tokens = np.array(prompts)[places] + self._num_response_tokens
+        self.num_tokens = (
+            np.array(prompts)[places] + np.array(told)[rows.responses.prompt_languages] + self._num_response_tokens
+        )
         """Packed length of each utterance."""
         self._reader, self._prompt, self._extractor = reader, prompt, extractor
 
@@ -88,11 +93,12 @@ class LabelledSet:
         """Hex sha256 of all that decides plans and batches: keys, durations, languages, responses, in their order."""
         codes, names = languages_of(self.rows, detected_first=True)
         responses = self.rows.responses
-        digest = hashlib.sha256(repr(names).encode())
+        told = [responses.names[code] for code in responses.prompt_languages.tolist()]
+        digest = hashlib.sha256(repr((names, fingerprint(told))).encode())
         for key in self.rows.utterances.texts("key"):
             digest.update(f"{key}\n".encode())
         for numbers, kind in (
-            *((self.seconds, "<f8"), (codes, "<i8")),
+            *((self.seconds, "<f8"), (codes, "<i8"), (self.num_tokens, "<i8"), (responses.ce_weights, "<f4")),
             *((self._num_response_tokens, "<i8"), (responses.token_ids, "<i4")),
         ):
             digest.update(np.ascontiguousarray(numbers, dtype=kind))
@@ -135,8 +141,9 @@ class LabelledSet:
                 key=utterance.key,
                 mel_MF=mel_MF,
                 response_ids=response.token_ids.tolist(),
+                prompt_language=response.prompt_language,
                 kl_weight=weight,
-                ce_weight=weight,
+                ce_weight=weight * response.ce_weight,
             )
             for (utterance, response), mel_MF, weight in zip(
                 rows, log_mels(audios, self._extractor), weights, strict=True
@@ -152,6 +159,19 @@ def mels_ahead(reader: Reader, batches: Iterable[Sequence[Utterance]], extractor
         ShardError: With the batch in which a shard is missing or damaged.
     """
     return read_ahead(lambda found: log_mels(refuse_damaged(found), extractor), reader.ahead(batches))
+
+
+def try_mels_ahead(
+    reader: Reader, batches: Iterable[Sequence[Utterance]], extractor: Any
+) -> Iterator[list[Tensor | Damaged]]:
+    """As :func:`mels_ahead`, with a :class:`~shards.read.Damaged` in the place of what cannot be read."""
+
+    def transform(found: Sequence[Samples | Damaged]) -> list[Tensor | Damaged]:
+        readable = [audio for audio in found if not isinstance(audio, Damaged)]
+        mels = iter(log_mels(readable, extractor) if readable else [])
+        return [one if isinstance(one, Damaged) else next(mels) for one in found]
+
+    return read_ahead(transform, reader.ahead(batches))
 
 
 class PlannedBatches:

@@ -1,4 +1,6 @@
-"""Logging of the programs: one line per event, ``key=value``, no colours; progress from rank 0, warnings from all.
+"""Logging of the programs: one line per event, ``key=value``, no colours; events from rank 0, warnings from all.
+
+So is the progress of :mod:`qad_dist.runtime.progress`, since each rank has its own.
 
 A module writes ``log = logging.getLogger(__name__)`` and ``log.info("event=labelled shard=%s utterances=%d", ...)``.
 """
@@ -13,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from qad_dist.runtime.world import World
 
 OUR_LOGGERS = ("qad_dist", "shards")
+PROGRESS_LOGGER = "qad_dist.runtime.progress"
 
 # These libraries write a screenful of INFO lines of their own, some through handlers that they set up on import.
 _CHATTY_LOGGERS = ("DeepSpeed", "accelerate", "modelopt", "numexpr", "httpx", "filelock", "torch", "absl")
@@ -30,7 +33,7 @@ _IDLE_WARNINGS = (
 
 
 def configure_logging(world: World) -> None:
-    """Send our events to stderr: INFO and above from rank 0, warnings and errors from every rank."""
+    """Send our events to stderr: INFO and above from rank 0, warnings, errors and progress from every rank."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"rank={world.rank} " if world.world_size > 1 else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%Y-%m-%dT%H:%M:%S"))
@@ -39,6 +42,7 @@ def configure_logging(world: World) -> None:
     root.setLevel(logging.WARNING)
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if world.is_main else logging.WARNING)
+    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.INFO)
     for name in _CHATTY_LOGGERS:
         # A filter, not a level: these loggers set their level again when their package is imported.
         logging.getLogger(name).addFilter(_is_warning)

@@ -30,7 +30,7 @@ OTHER_RANKS_WAIT_SECONDS = 2.0
 
 # By program: the setting that decides how much is on the GPU at once.
 SETTING_OF_MEMORY = {
-    "label": "label.batch_audio_seconds",
+    "label": "label.slots",
     "quantize": "quantize.micro_batch_tokens",
     "train": "train.micro_batch_tokens",
     "score": "score.batch_audio_seconds",

@@ -35,6 +35,7 @@ READS = {
 
 WITHOUT_EFFECT = {
     "pack": {"processes", "max_rejected_share"},
+    "label": {"stale_seconds", "vllm_url", "vllm_python"},
     "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
 }
 """Settings that change how fast, loud or strict a stage is, not what it makes when it succeeds."""

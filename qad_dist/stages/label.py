@@ -1,210 +1,242 @@
-"""label: the teacher decodes every shard, each rank its own; a missing label file is work to do."""
+"""label: the teacher decodes every shard once, on whichever rank takes it; a missing label file is work to do.
+
+Shards are tasks that ranks claim: no rank waits for another before all are done, and one that is labelled twice gets
+the same bytes. Behind its label file each shard gets its verdicts: which labels are used, and why not the others.
+"""
 
 import logging
-import math
-import time
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from qad_dist.asr.dataset import mels_ahead
-from qad_dist.asr.load import AsrModel, load_teacher
-from qad_dist.asr.transcribe import transcribe
+from qad_dist.asr.labeller import Labeller, open_labeller
+from qad_dist.asr.load import resolve_model_folder
 from qad_dist.config import RunConfig
+from qad_dist.labelling import NONE, Labelling
 from qad_dist.runtime.collectives import barrier, run_on_main
+from qad_dist.runtime.progress import Progress
 from qad_dist.runtime.reading import open_reader
-from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, model_fingerprint, require_stage
-from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
-from shards.errors import ShardError
-from shards.index import ShardEntry, UtteranceTable, read_index, read_utterances
-from shards.labels import LabelHeader, label_path, read_labels, write_labels
-from shards.plan import plan_decoding
-from shards.schema import ENDED_BY_LENGTH, PseudoLabel, Utterance
-from shards.workers import Reader
+from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, require_stage
+from qad_dist.runtime.world import World, check_enough_work, joined_world
+from qad_dist.text.label_picture import draw_report
+from qad_dist.text.label_report import (
+    ACCEPT_JSON,
+    ACCEPT_MARKDOWN,
+    ACCEPT_PICTURE,
+    LabelReport,
+    report_markdown,
+    report_text,
+)
+from shards.claims import Claims
+from shards.errors import ConfigError, ShardError
+from shards.faults import fault_point
+from shards.labelled import better_answers
+from shards.labels import label_path, second_path, write_labels
+from shards.read import Damaged
+from shards.schema import ENDED_BY_LENGTH
+from shards.selection import own_first
+from shards.storage import atomic_write, write_json
 
 log = logging.getLogger(__name__)
 
 FINISH_LINE_SECONDS = 7 * 24 * 3600
 """How long a rank that is done waits for the others; a rank that died ends them all through its launcher."""
 
+CLAIMS = "claims"
+"""Folder below ``<run>/label`` while shards are being labelled: who works on which."""
+
 
 def run(run: RunConfig) -> None:
-    """Label all shards of ``label.splits``; does nothing if that was done with this config already.
+    """Label all shards of ``label.splits`` and judge the labels; does nothing if that was done with this config.
 
     Raises:
         QadError: The packed shards are missing or damaged, or the teacher cannot be loaded.
     """
     with joined_world(FINISH_LINE_SECONDS) as world:
         require_stage(run, "pack")
-        by_shard = _utterances_by_shard(run)
-        if run_on_main(lambda: _is_done(run, by_shard)):
-            log.info("event=skipped stage=label reason=finished folder=%s", run.stage_folder("label"))
+        work = Labelling(run)
+        if run_on_main(lambda: _is_finished(run, work)):
+            log.info("event=skipped stage=label reason=finished folder=%s", work.folder)
             return
-        _check_world(world, by_shard)
-        teacher = load_teacher(run.model, device_for(world))
-        run_on_main(lambda: begin_stage(run, "label"))
-        fingerprint = model_fingerprint(teacher.folder)
-        with open_reader(run) as reader:
-            _label_own_shards(run, teacher, fingerprint, by_shard, reader, world)
+        _check_world(world, work)
+        run_on_main(lambda: resolve_model_folder(run.model.path, run.model.revision))  # one rank alone downloads it
+        left = run_on_main(lambda: [shard for shard in work.order if not work.is_done(shard)])
+        with ExitStack() as stack:
+            if left:
+                reader = stack.enter_context(open_reader(run))
+                longest = max(task.longest_seconds for task in work.tasks.values())
+                labeller = stack.enter_context(open_labeller(run, reader, world, longest_seconds=longest))
+            run_on_main(lambda: begin_stage(run, "label"))
+            if left:
+                _label(work, left, labeller, world)
         barrier()
-        run_on_main(lambda: finish_stage(run, "label", results=_summary(run, by_shard, fingerprint)))
+        run_on_main(lambda: _finish(work))
+
+
+def judge(run: RunConfig) -> None:
+    """Judge the labels of a finished run anew, by what ``label.filters`` says now, and print the report.
+
+    Raises:
+        ShardError: A label file is missing, damaged, or was made with other settings.
+    """
+    require_stage(run, "pack")
+    work = Labelling(run)
+    begin_stage(run, "label")
+    _finish(work)
 
 
 def verify(run: RunConfig) -> None:
-    """Check that every utterance of ``label.splits`` has exactly one label, made from the shard in the index.
+    """Check that every chosen utterance has exactly one label, made from the shard in the index, and its verdict.
 
     Raises:
         ShardError: Names the first label file that is missing, damaged, stale or incomplete.
     """
-    num_labels = sum(len(labels) for labels in _checked_labels(run, _utterances_by_shard(run)))
-    log.info("event=verified labels=%d", num_labels)
+    work = Labelling(run)
+    num_labels = num_second = 0
+    for shard in work.tasks:
+        first = work.read_first(shard)
+        num_labels += len(first.labels)
+        if run.label.second_pass != NONE:
+            num_second += len(work.read_second(shard, first).labels)
+    log.info("event=verified labels=%d second_pass=%d", num_labels, num_second)
 
 
 def dry_run(run: RunConfig) -> None:
     """Say how much there is to label."""
-    by_shard = _utterances_by_shard(run)
-    hours = sum(utterances.numbers("duration_seconds").sum() for utterances in by_shard.values()) / 3600
-    done = sum(label_path(run.stage_folder("label"), shard).is_file() for shard in by_shard)
-    log.info("event=dry_run stage=label shards=%d finished=%d hours=%.2f", len(by_shard), done, hours)
+    work = Labelling(run)
+    done = sum(label_path(work.folder, shard).is_file() for shard in work.tasks)
+    hours = sum(task.seconds for task in work.tasks.values()) / 3600
+    log.info("event=dry_run stage=label shards=%d finished=%d hours=%.2f", len(work.tasks), done, hours)
 
 
-def _is_done(run: RunConfig, by_shard: dict[str, UtteranceTable]) -> bool:
+def _is_finished(run: RunConfig, work: Labelling) -> bool:
     """Whether the stage is finished and nobody has deleted a label file since, which is how to ask for it again."""
-    folder = run.stage_folder("label")
-    return is_finished(run, "label") and all(label_path(folder, shard).is_file() for shard in by_shard)
+    return is_finished(run, "label") and all(label_path(work.folder, shard).is_file() for shard in work.tasks)
 
 
-def _utterances_by_shard(run: RunConfig) -> dict[str, UtteranceTable]:
-    """In the order of the index, in which the utterances of a shard lie together."""
-    table = read_utterances(run.stage_folder("pack"), splits=run.label.splits)
-    if not len(table):
-        raise ShardError(f"label.splits must name splits that were packed, got {run.label.splits}; see `pack.py stats`")
-    codes, names = table.codes("shard")
-    begins = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
-    return {str(names[codes[begin]]): table[begin:end] for begin, end in pairwise(begins)}
-
-
-def _check_world(world: World, by_shard: dict[str, UtteranceTable]) -> None:
-    num_utterances = sum(map(len, by_shard.values()))
-    check_enough_work(world, num_utterances, stage="label")
-    if len(by_shard) < world.world_size and world.is_main:
+def _check_world(world: World, work: Labelling) -> None:
+    check_enough_work(world, work.num_utterances, stage="label")
+    if len(work.tasks) < world.world_size and world.is_main:
         log.warning(
             "event=idle_ranks shards=%d ranks=%d remedy='lower pack.hours_per_shard'",
-            *(len(by_shard), world.world_size),
+            *(len(work.tasks), world.world_size),
         )
 
 
-def _label_own_shards(
-    run: RunConfig,
-    teacher: AsrModel,
-    fingerprint: str,
-    by_shard: dict[str, UtteranceTable],
-    reader: Reader,
-    world: World,
-) -> None:
-    entries = [entry for entry in read_index(run.stage_folder("pack")).shards if entry.name in by_shard]
-    own = entries[world.rank :: world.world_size]
-    begun, seconds, num_utterances = time.monotonic(), 0.0, 0
-    # Without a terminal the bar would be a screenful of control characters: the log lines below tell the same.
-    progress = tqdm(own, desc="label", unit="shard", disable=None if world.is_main else True)
-    for number, entry in enumerate(progress, start=1):
-        path = label_path(run.stage_folder("label"), entry.name)
-        header = _header(run, entry, fingerprint)
-        if _is_labelled(path, header):
-            log.info("event=skipped shard=%s reason=labelled", entry.name)
-            continue
-        labels = _label_shard(run, teacher, list(by_shard[entry.name]), reader)
-        write_labels(path, header, labels)
-        seconds += entry.seconds
-        num_utterances += len(labels)
-        rtfx = seconds / (time.monotonic() - begun)
-        log.info(
-            "event=labelled shard=%s utterances=%d audio_hours=%.3f rtfx=%.0f eta_seconds=%.0f",
-            *(entry.name, num_utterances, seconds / 3600, rtfx),
-            sum(later.seconds for later in own[number:]) / rtfx,
-        )
+def _label(work: Labelling, left: Sequence[str], labeller: Labeller, world: World) -> None:
+    """Label what this rank can claim of ``left``, until all of it is labelled, whoever did it."""
+    run, progress = work.run, Progress("label")
+    done: set[str] = set()
+    damaged: list[Damaged] = []
 
+    def left_seconds() -> float:
+        done.update(shard for shard in left if shard not in done and label_path(work.folder, shard).is_file())
+        return sum(work.tasks[shard].seconds for shard in left if shard not in done)
 
-def _is_labelled(path: Path, header: LabelHeader) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        return read_labels(path)[0] == header
-    except ShardError as damage:
-        log.warning("event=damaged error=%r; its shard is labelled again", str(damage))
-        return False
+    def tell(*, now: bool = False) -> None:
+        progress.tell(left_seconds=left_seconds, ranks=world.world_size, now=now)
+
+    with Claims(work.folder / CLAIMS, f"rank-{world.rank}", run.label.stale_seconds) as claims:
+        for shard in claims.take(own_first(left, rank=world.rank, world_size=world.world_size), work.is_done):
+            steps = 0
+
+            def on_step(shard: str = shard) -> None:
+                nonlocal steps
+                steps += 1
+                fault_point("label.decode", shard=shard, step=steps)
+                claims.beat()
+                tell()
+
+            damaged += _label_shard(work, shard, labeller, damaged, on_step)
+            done.add(shard)
+            task = work.tasks[shard]
+            progress.add(utterances=len(task.utterances), audio_seconds=task.seconds)
+            log.info("event=labelled shard=%s utterances=%d steps=%d", shard, len(task.utterances), steps)
+    tell(now=True)
 
 
 def _label_shard(
-    run: RunConfig, teacher: AsrModel, utterances: Sequence[Utterance], reader: Reader
-) -> list[PseudoLabel]:
-    """Labels of one shard, in its order. What is in a batch depends on shard and settings only."""
-    labels: dict[int, PseudoLabel] = {}
-    durations = [utterance.duration_seconds for utterance in utterances]
-    plan = plan_decoding(durations, batch_audio_seconds=run.label.batch_audio_seconds)
-    batches = [[utterances[i] for i in indices] for indices in plan]
-    loaded = mels_ahead(reader, batches, teacher.extractor)
-    for indices, chosen, mels in zip(plan, batches, loaded, strict=True):
-        hypotheses = transcribe(teacher, mels, max_response_tokens=run.label.max_response_tokens)
-        for index, utterance, hypothesis in zip(indices, chosen, hypotheses, strict=True):
-            labels[index] = PseudoLabel(
-                key=utterance.key,
-                token_ids=hypothesis.token_ids,
-                text=hypothesis.text,
-                language=hypothesis.language,
-                token_logprobs=hypothesis.token_logprobs,
-                mean_logprob=sum(hypothesis.token_logprobs) / len(hypothesis.token_logprobs),
-                ended_by=hypothesis.ended_by,
-                duration_seconds=utterance.duration_seconds,
-            )
-    return [labels[index] for index in range(len(utterances))]
+    work: Labelling, shard: str, labeller: Labeller, damaged: Sequence[Damaged], on_step: Callable[[], None]
+) -> list[Damaged]:
+    """Write what is missing of a shard: labels, verdicts, second labels. Gives what could not be read of it."""
+    utterances = list(work.tasks[shard].utterances)
+    found: list[Damaged] = []
+    if (first := work.find_first(shard)) is None:
+        told = work.run.label.language == "manifest"
+        labelled = labeller.label(utterances, [u.language if told else None for u in utterances], on_step=on_step)
+        found = labelled.damaged
+        if len(found) == len(utterances):
+            raise ShardError(found[0].reason)  # it is the shard that must be mended
+        work.refuse_too_much_damage([*damaged, *found])  # before there is a label file
+        # Another rank may have taken the shard over meanwhile: what it has judged must not change under its verdicts.
+        if work.find_first(shard) is None:
+            header = replace(work.header(shard), engine=labeller.engine)
+            write_labels(label_path(work.folder, shard), header, labelled.labels, states_TD=labelled.hidden_TD)
+        first = work.read_first(shard)
+    verdicts = work.judge(first)
+    if work.run.label.second_pass != NONE and not work.is_done(shard):
+        chosen = [utterances[place] for place in work.rejected(shard, verdicts)]
+        labelled = labeller.label(chosen, [utterance.language for utterance in chosen], on_step=on_step)
+        if not work.is_done(shard):  # as above
+            header = replace(work.header(shard, first_sha256=first.sha256), engine=labeller.engine)
+            write_labels(second_path(work.folder, shard), header, labelled.labels, states_TD=labelled.hidden_TD)
+        work.judge(work.read_second(shard, first))
+    return found
 
 
-def _header(run: RunConfig, entry: ShardEntry, fingerprint: str) -> LabelHeader:
-    settings = {
-        "prompt": "automatic language",
-        "dtype": run.model.dtype,
-        "audio_attention": run.model.audio_attention,
-        "batch_audio_seconds": run.label.batch_audio_seconds,
-        "max_response_tokens": run.label.max_response_tokens,
-    }
-    return LabelHeader(shard=entry.name, shard_sha256=entry.sha256, teacher=fingerprint, settings=settings)
-
-
-def _checked_labels(run: RunConfig, by_shard: dict[str, UtteranceTable]) -> Iterator[list[PseudoLabel]]:
-    """The labels of one shard after the other, each held against the index."""
-    hashes = {entry.name: entry.sha256 for entry in read_index(run.stage_folder("pack")).shards}
-    for shard, utterances in by_shard.items():
-        path = label_path(run.stage_folder("label"), shard)
-        _, labels = read_labels(path, shard_sha256=hashes[shard])
-        if [label.key for label in labels] != list(utterances.texts("key")):
-            raise ShardError(f"{path} must label each utterance of {shard} once, got others; delete it and label again")
-        yield labels
-
-
-def _summary(run: RunConfig, by_shard: dict[str, UtteranceTable], fingerprint: str) -> dict[str, object]:
-    num_labels = num_tokens = num_runaway = 0
-    seconds = 0.0
-    languages: Counter[str] = Counter()
-    for labels in _checked_labels(run, by_shard):
-        num_labels += len(labels)
-        num_tokens += sum(len(label.token_ids) for label in labels)
-        num_runaway += sum(label.ended_by == ENDED_BY_LENGTH for label in labels)
-        seconds += math.fsum(label.duration_seconds for label in labels)
+def _finish(work: Labelling) -> None:
+    """Judge what nobody has judged, write the report, then the stage's record."""
+    report, results, languages = LabelReport(), Counter[str](), Counter[str]()
+    damaged: list[Damaged] = []
+    for shard, task in work.tasks.items():
+        first = work.read_first(shard)
+        second = work.read_second(shard, first) if work.run.label.second_pass != NONE else None
+        answers = better_answers(first, second, work.judge)
+        labels = [answer.label for answer in answers.values()]
+        report.add(labels, [answer.verdict for answer in answers.values()], list(task.utterances.texts("language")))
         languages.update(label.language or "None" for label in labels)
+        results["utterances"] += len(labels)
+        results["response_tokens"] += sum(label.num_tokens for label in labels)
+        results["runaway"] += sum(label.ended_by == ENDED_BY_LENGTH for label in labels)
+        results["second_pass"] += 0 if second is None else len(second.labels)
+        damaged += [Damaged(key=one.key, shard=shard, reason=one.error) for one in first.labels if one.error]
+    work.refuse_too_much_damage(damaged)
+    summary = report.summary()
+    write_json(work.folder / ACCEPT_JSON, summary)
+    with atomic_write(work.folder / ACCEPT_MARKDOWN) as file:
+        file.write(report_markdown(summary).encode())
+    _draw(summary, work.folder / ACCEPT_PICTURE)
+    # Claims of processes that were killed when their shard was done; those of another job are through as well.
+    shutil.rmtree(work.folder / CLAIMS, ignore_errors=True)
     log.info(
-        "event=finished stage=label utterances=%d audio_hours=%.3f tokens=%d runaway=%d languages=%d",
-        *(num_labels, seconds / 3600, num_tokens, num_runaway, len(languages)),
+        "event=finished stage=label utterances=%d audio_hours=%.3f tokens=%d runaway=%d unreadable=%d languages=%d",
+        *(results["utterances"], summary["hours"], results["response_tokens"], results["runaway"]),
+        *(len(damaged), len(languages)),
     )
-    return {
-        "teacher": fingerprint,
-        "utterances": num_labels,
-        "audio_hours": seconds / 3600,
-        "response_tokens": num_tokens,
-        "runaway": num_runaway,
-        "utterances_by_language": dict(sorted(languages.items())),
-    }
+    finish_stage(
+        work.run,
+        "label",
+        results={
+            "teacher": work.teacher,
+            "audio_hours": summary["hours"],
+            **{name: results[name] for name in ("utterances", "response_tokens", "runaway", "second_pass")},
+            "unreadable": len(damaged),
+            "used": {use: amount["utterances"] for use, amount in summary["use"].items()},
+            "utterances_by_language": dict(sorted(languages.items())),
+        },
+    )
+    sys.stdout.write(report_text(summary) + f"Examples: {work.folder / ACCEPT_MARKDOWN}\n")
+    sys.stdout.flush()
+
+
+def _draw(summary: dict[str, Any], path: Path) -> None:
+    """The picture needs an extra, and labels are no worse without it."""
+    try:
+        draw_report(summary, path)
+    except ConfigError as reason:
+        log.warning("event=no_picture path=%s reason=%r", path, str(reason))

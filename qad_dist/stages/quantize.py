@@ -11,15 +11,15 @@ from qad_dist.asr.decoder import DecoderStack, embed
 from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.config import RunConfig
+from qad_dist.labelling import read_used_labels
 from qad_dist.quant.calibrate import quantize_decoder
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
-from qad_dist.text.accept import verdict
 from shards.errors import ModelError
-from shards.labelled import LabelledTable, read_labelled
+from shards.labelled import LabelledTable
 from shards.plan import plan_epoch
 from shards.schema import TRAIN
 
@@ -43,7 +43,8 @@ def run(run: RunConfig) -> None:
         enable_checkpointing()
         student = load_teacher(run.model, device_for(world), dtype="float32")
         with open_reader(run) as reader:
-            dataset = LabelledSet(rows, reader=reader, prompt=student.prompt, extractor=student.extractor)
+            prompt = student.prompt.with_context(run.label.context)
+            dataset = LabelledSet(rows, reader=reader, prompt=prompt, extractor=student.extractor)
             calibrate(run, student, dataset, world)
         digest = _equal_on_all_ranks(quantizer_hash(student.model))
         run_on_main(lambda: _write(run, student, dataset, digest))
@@ -62,9 +63,7 @@ def calibration_rows(run: RunConfig) -> LabelledTable:
     Languages take turns; within a language the utterances are sorted by duration and taken at equal distances, so that
     the shortest and the longest are among them.
     """
-    rows = read_labelled(
-        run.stage_folder("pack"), run.stage_folder("label"), split=TRAIN, reject=lambda label: verdict(label).reason
-    ).rows
+    rows = read_used_labels(run, TRAIN).rows
     by_duration = np.argsort(rows.utterances.numbers("duration_seconds"), kind="stable")
     codes, names = languages_of(rows, detected_first=False)
     quotas = share_out(run.quantize.calibration_utterances, np.bincount(codes, minlength=len(names)).tolist())

@@ -27,6 +27,7 @@ from qad_dist.distill.loop import Hooks, train
 from qad_dist.distill.metrics import MetricsFile
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable, parameter_groups
+from qad_dist.labelling import read_used_labels
 from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.engine import Engine
@@ -35,9 +36,7 @@ from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import DONE, STUDENT, WITHOUT_EFFECT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, check_micro_batches, device_for, joined_world
 from qad_dist.runtime.zero import read_deepspeed_settings
-from qad_dist.text.accept import verdict
 from shards.errors import CheckpointError, ModelError
-from shards.labelled import read_labelled
 from shards.mixture import Mixture
 from shards.plan import Plan, plan_epoch, share_of_rank
 from shards.schema import HELDOUT, TRAIN
@@ -174,14 +173,13 @@ def _share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
 def _labelled_sets(run: RunConfig, teacher: AsrModel, reader: Reader) -> tuple[LabelledSet, LabelledSet]:
     sets = []
     for split in (TRAIN, HELDOUT):
-        labelled = read_labelled(
-            run.stage_folder("pack"), run.stage_folder("label"), split=split, reject=lambda label: verdict(label).reason
-        )
+        labelled = read_used_labels(run, split)
         rows = labelled.rows
         if split == HELDOUT:  # at equal distances: all languages and shards stay in
             stride = math.ceil(len(rows) / run.train.evaluate_utterances)
             rows = rows[::stride]
-        dataset = LabelledSet(rows, reader=reader, prompt=teacher.prompt, extractor=teacher.extractor)
+        prompt = teacher.prompt.with_context(run.label.context)
+        dataset = LabelledSet(rows, reader=reader, prompt=prompt, extractor=teacher.extractor)
         log.info(
             "event=dataset split=%s utterances=%d audio_hours=%.3f tokens=%d dropped=%s",
             *(split, len(rows), dataset.seconds.sum() / 3600, dataset.num_tokens.sum()),

@@ -4,59 +4,40 @@ The same cells are laid out twice: by rich as plain text of limited width, and a
 ``score.json``; systems stand in the order teacher, ptq, qad, then the others as they come.
 """
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from qad_dist.text.grid import Grid, as_markdown, as_text
 
 SCORE = "score.json"
 """What these tables show, in the score stage's folder."""
 
-WIDTH = 100
-"""Columns of a terminal that a table may fill."""
-
 MAIN_SYSTEMS = ("teacher", "ptq", "qad")
 SYSTEMS_PER_TABLE = 4
-"""More columns than these would not fit :data:`WIDTH`; further systems get a table of their own."""
+"""More columns than these would not fit :data:`~qad_dist.text.grid.WIDTH`; further systems get a table of their own."""
 
 WORST = "<"
 """Stands behind the language with the highest error rate of the student."""
-
-LONGEST_VALUE = 13
-"""Characters of a value that is never folded: a language with its mark, a count below a billion."""
 
 NOTHING = "-"
 """Stands where a value does not exist."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """Cells of one table: the first column is text, the others numbers. The last row may be set apart."""
-
-    header: list[str]
-    rows: list[list[str]]
-    has_total: bool = False
-
-
 def score_table(score: dict[str, Any]) -> str:
-    """The score as plain text of at most :data:`WIDTH` columns: languages, systems, then what the numbers say."""
+    """The score as plain text: languages, systems, then what the numbers say."""
     grids = [*_language_grids(score), _system_grid(score)]
-    return "\n".join([_conditions(score), "", *(_as_text(grid) for grid in grids), *_findings(score), ""])
+    return "\n".join([_conditions(score), "", *(as_text(grid) for grid in grids), *_findings(score), ""])
 
 
 def score_summary(score: dict[str, Any]) -> str:
     """The systems alone, without languages: a few lines for the end of a log."""
-    return "\n".join([_conditions(score), "", _as_text(_system_grid(score)), ""])
+    return "\n".join([_conditions(score), "", as_text(_system_grid(score)), ""])
 
 
 def score_markdown(score: dict[str, Any]) -> str:
     """The same tables and lines as Markdown."""
     grids = [*_language_grids(score), _system_grid(score)]
-    parts = [_conditions(score), *(_as_markdown(grid) for grid in grids), "\n".join(f"- {f}" for f in _findings(score))]
+    parts = [_conditions(score), *(as_markdown(grid) for grid in grids), "\n".join(f"- {f}" for f in _findings(score))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -79,7 +60,7 @@ def _student(score: dict[str, Any]) -> str:
     return main[-1] if main else _ordered_systems(score)[0]
 
 
-def _language_grids(score: dict[str, Any]) -> list[_Grid]:
+def _language_grids(score: dict[str, Any]) -> list[Grid]:
     names = _ordered_systems(score)
     return [
         _language_grid(score, names[start : start + SYSTEMS_PER_TABLE])
@@ -87,7 +68,7 @@ def _language_grids(score: dict[str, Any]) -> list[_Grid]:
     ]
 
 
-def _language_grid(score: dict[str, Any], names: Sequence[str]) -> _Grid:
+def _language_grid(score: dict[str, Any], names: Sequence[str]) -> Grid:
     systems = {name: score["systems"][name] for name in names}
     with_kl = {name for name in names if systems[name]["overall"]["kl_per_token"] is not None}
     header = ["language", "rate", "tokens"]
@@ -109,7 +90,7 @@ def _language_grid(score: dict[str, Any], names: Sequence[str]) -> _Grid:
         row(f"{language} {WORST}" if language == worst else language, lambda s, key=language: s["languages"][key])
         for language in languages
     ]
-    return _Grid(header, [*rows, row("overall", lambda s: s["overall"])], has_total=True)
+    return Grid(header, [*rows, row("overall", lambda s: s["overall"])], has_total=True)
 
 
 def _worst_language(score: dict[str, Any]) -> str | None:
@@ -119,7 +100,7 @@ def _worst_language(score: dict[str, Any]) -> str | None:
     return max(rated, key=lambda name: rated[name]) if len(rated) > 1 else None
 
 
-def _system_grid(score: dict[str, Any]) -> _Grid:
+def _system_grid(score: dict[str, Any]) -> Grid:
     header = ["system", "rate %", "errors", "KL", "top-1 %", "language %", "runaway", "disk MB", "INT8 MB"]
     rows = []
     for name in _ordered_systems(score):
@@ -138,7 +119,7 @@ def _system_grid(score: dict[str, Any]) -> _Grid:
                 _megabytes(system["int8_bytes"]),
             ]
         )
-    return _Grid(header, rows)
+    return Grid(header, rows)
 
 
 def _findings(score: dict[str, Any]) -> list[str]:
@@ -193,29 +174,3 @@ def _kl(nats: float | None) -> str:
 
 def _megabytes(num_bytes: int | None) -> str:
     return NOTHING if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
-
-
-def _as_text(grid: _Grid) -> str:
-    # ASCII: a score printed into a log must not depend on the terminal's encoding.
-    table = Table(box=box.ASCII2, show_edge=False, pad_edge=False)
-    for number, title in enumerate(grid.header):
-        # Headers and long names may fold, values never do.
-        longest = max(len(row[number]) for row in grid.rows)
-        table.add_column(
-            title, justify="right" if number else "left", overflow="fold", min_width=min(longest, LONGEST_VALUE)
-        )
-    for number, row in enumerate(grid.rows):
-        table.add_row(*row, end_section=grid.has_total and number == len(grid.rows) - 2)
-    output = io.StringIO()
-    # Said in full, so that neither the terminal nor the environment has a say.
-    console = Console(file=output, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
-
-
-def _as_markdown(grid: _Grid) -> str:
-    lines = ["| " + " | ".join(grid.header) + " |", "|---|" + "---:|" * (len(grid.header) - 1)]
-    for number, row in enumerate(grid.rows):
-        is_total = grid.has_total and number == len(grid.rows) - 1
-        lines.append("| " + " | ".join(f"**{cell}**" if is_total else cell for cell in row) + " |")
-    return "\n".join(lines)

@@ -5,7 +5,8 @@ What is compared with never runs this project's prompt, mel, packing, audio towe
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import torch
+from qwen_asr import Qwen3ASRModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from qad_dist.asr.load import PROCESSOR_FILES, AsrModel, load_model
 from qad_dist.asr.mel import log_mel
-from qad_dist.asr.reference import prompt_text
 
 Samples = npt.NDArray[np.float32]
 
@@ -60,15 +61,53 @@ def noise(num_samples: int, *, seed: int) -> Samples:
     return (random.normal(0, 1, num_samples) * swell).astype(np.float32)
 
 
-def reference_inputs(model: AsrModel, audio_A: Samples) -> dict[str, Tensor]:
-    """The processor's inputs for one clip."""
-    return model.processor(text=[prompt_text(model.processor)], audio=[audio_A], return_tensors="pt", padding=True)
+def digit_mixes(seconds: Sequence[float]) -> list[Samples]:
+    """Clips of these lengths: spoken digits of all languages one behind the other, with pauses between them."""
+    random = np.random.default_rng(0)
+    spoken = iter(digits(sum(round(length) for length in seconds)))
+    mixes = []
+    for length in seconds:
+        mix_A, filled = noise(round(length * SAMPLE_RATE_HZ), seed=0) * 1e-3, 0
+        while filled < len(mix_A):
+            one_A = next(spoken)[: len(mix_A) - filled]
+            mix_A[filled : filled + len(one_A)] += one_A
+            filled += len(one_A) + int(random.uniform(0.1, 0.4) * SAMPLE_RATE_HZ)
+        mixes.append(mix_A)
+    return mixes
+
+
+@contextmanager
+def windows(reference: Any) -> Generator[Any]:
+    """qwen-asr's model with the mask that its audio tower computes itself and, under SDPA, forgets to hand on."""
+    tower = reference.thinker.audio_tower
+
+    def add_mask(_: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
+        hidden, cu_seqlens = args
+        return args, {**kwargs, "attention_mask": tower._prepare_attention_mask(hidden, cu_seqlens)}
+
+    hooks = [layer.register_forward_pre_hook(add_mask, with_kwargs=True) for layer in tower.layers]
+    try:
+        yield reference
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference_inputs(
+    model: AsrModel, audio_A: Samples, *, context: str = "", language: str | None = None
+) -> dict[str, Tensor]:
+    """The processor's inputs for one clip, with the prompt of qwen-asr's ``transcribe``."""
+    wrapper = Qwen3ASRModel(backend="transformers", model=torch.nn.Linear(1, 1), processor=model.processor)
+    text = wrapper._build_text_prompt(context, language)
+    return model.processor(text=[text], audio=[audio_A], return_tensors="pt", padding=True)
 
 
 @torch.no_grad()
-def reference_response_logits(reference: Any, model: AsrModel, audio_A: Samples, response_ids: Sequence[int]) -> Tensor:
+def reference_response_logits(
+    reference: Any, model: AsrModel, audio_A: Samples, response_ids: Sequence[int], **prompt: Any
+) -> Tensor:
     """``[R, V]``: qwen-asr's unpacked forward pass over prompt and response, at the rows that predict the response."""
-    inputs = reference_inputs(model, audio_A)
+    inputs = reference_inputs(model, audio_A, **prompt)
     prompt_length = inputs["input_ids"].shape[1]
     ids_1T = torch.cat([inputs["input_ids"], torch.tensor([list(response_ids)])], dim=1)
     logits_1TV = reference.thinker(
@@ -81,21 +120,26 @@ def reference_response_logits(reference: Any, model: AsrModel, audio_A: Samples,
 
 
 @torch.no_grad()
-def reference_tokens(reference: Any, model: AsrModel, audio_A: Samples, *, max_new_tokens: int) -> list[int]:
+def reference_tokens(
+    reference: Any, model: AsrModel, audio_A: Samples, *, max_new_tokens: int, **prompt: Any
+) -> list[int]:
     """qwen-asr's greedy response to one clip, cut behind the first end token."""
-    inputs = reference_inputs(model, audio_A)
+    inputs = reference_inputs(model, audio_A, **prompt)
     end_id = model.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    sequences = reference.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=end_id).sequences
+    sequences = reference.generate(
+        **inputs, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=end_id
+    ).sequences
     tokens = sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
 
 
-def write_random_model(folder: Path, *, seed: int = 0, **text: Any) -> Path:
-    """A checkpoint of random float32 weights with the embedded teacher's tokenizer and audio tower.
+def write_random_model(folder: Path, *, seed: int = 0, audio: dict[str, Any] | None = None, **text: Any) -> Path:
+    """A checkpoint of random float32 weights with the embedded teacher's tokenizer and, unless told, audio tower.
 
     Args:
         folder: Made here.
         seed: Of the weights.
+        audio: Settings of the audio tower that differ from the embedded teacher's.
         text: Settings of the decoder that differ from the embedded teacher's, e.g. ``num_hidden_layers=1``.
     """
     folder.mkdir(parents=True)
@@ -104,6 +148,7 @@ def write_random_model(folder: Path, *, seed: int = 0, **text: Any) -> Path:
             shutil.copyfile(NANO / name, folder / name)
     values = json.loads((NANO / "config.json").read_text())
     values["thinker_config"]["text_config"] |= text
+    values["thinker_config"]["audio_config"] |= audio or {}
     values["thinker_config"]["audio_config"]["output_dim"] = values["thinker_config"]["text_config"]["hidden_size"]
     (folder / "config.json").write_text(json.dumps(values))
     config = AutoConfig.from_pretrained(folder)

@@ -158,10 +158,40 @@ def test_mistake_in_an_override_is_told(load, override, message):
         load(SMALL, override)
 
 
+def settings_of(section, prefix=""):
+    for name, field in section.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        if inner is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+
+
 def test_every_setting_has_a_description_and_a_row_in_the_table():
     table = settings_table()
+    found = dict(settings_of(RunConfig))
 
-    for name, field in RunConfig.model_fields.items():
-        for inner, setting in getattr(field.annotation, "model_fields", {}).items():
-            assert setting.description, f"{name}.{inner} has no description"
-            assert f"| `{name}.{inner}` |" in table
+    for name, setting in found.items():
+        assert setting.description, f"{name} has no description"
+        assert f"| `{name}` |" in table
+    assert "label.filters.loop.repeated_words" in found
+
+
+def test_mistake_deep_in_a_section_is_told_with_its_whole_name(load):
+    with pytest.raises(ConfigError, match=r"^label\.filters\.loop\.acton must be .*; did you mean 'action'\?$"):
+        load(SMALL, "label.filters.loop.acton=drop")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["label.backend=vllm"], "label.backend vllm needs a server, got neither"),
+        (
+            ["label.backend=vllm", "label.vllm_url=http://127.0.0.1:8000", "label.hidden_states=true"],
+            "label.hidden_states needs label.backend torch, got vllm",
+        ),
+    ],
+)
+def test_vllm_backend_that_cannot_work_is_refused(load, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(SMALL, *overrides)

@@ -10,6 +10,8 @@ from torch import Tensor
 from qad_dist.asr.audio_tower import encode, num_audio_tokens, window_lengths
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.reference import reference_audio_tokens
+from tests.helpers.operators import count_operators
+from tests.helpers.qwen import windows
 
 # Below a chunk of 1 s, whole and broken chunks, a window of 8 s and beyond; three windows.
 LENGTHS = [50, 51, 75, 99, 100, 101, 180, 800, 801, 2100]
@@ -35,17 +37,9 @@ def reference_tower(reference: Any) -> Any:
 
 
 @pytest.fixture
-def windowed_tower(reference_tower: Any) -> Generator[Any]:
-    """qwen-asr's tower with the mask that it computes itself and, under SDPA, forgets to hand on."""
-
-    def add_mask(layer: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
-        hidden, cu_seqlens = args
-        return args, {**kwargs, "attention_mask": reference_tower._prepare_attention_mask(hidden, cu_seqlens)}
-
-    hooks = [layer.register_forward_pre_hook(add_mask, with_kwargs=True) for layer in reference_tower.layers]
-    yield reference_tower
-    for hook in hooks:
-        hook.remove()
+def windowed_tower(reference: Any) -> Generator[Any]:
+    with windows(reference):
+        yield reference.thinker.audio_tower
 
 
 @torch.no_grad()
@@ -115,6 +109,20 @@ def test_convolutions_in_parts_equal_convolutions_at_once(
     parts = encode_all(model, mels, "windowed")
 
     torch.testing.assert_close(parts, whole, rtol=0, atol=TOLERANCE)
+
+
+def test_number_of_operators_does_not_depend_on_the_number_of_utterances(nano: AsrModel) -> None:
+    """qwen-asr runs its tower once for each."""
+    counts = []
+    for number in (1, 8, 64):
+        lengths = [LENGTHS[i % len(LENGTHS)] for i in range(6, 6 + number)]
+        mels = mels_of(lengths)
+        assert sum(-(-length // 100) for length in lengths) <= nano.audio_tower.conv_chunksize
+        with count_operators() as operators:
+            encode_all(nano, mels, "windowed")
+        counts.append(operators.total())
+
+    assert counts[0] == counts[1] == counts[2] > 100
 
 
 def test_number_of_audio_tokens_is_that_of_qwen_asr_for_every_length() -> None:

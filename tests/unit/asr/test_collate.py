@@ -1,6 +1,7 @@
 """Packed batches and the decoder on them, against qwen-asr's unpacked forward pass."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,45 @@ def test_batch_holds_prompts_and_responses_one_behind_the_other(
     assert batch.cu_seqlens_U1.tolist() == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
     assert batch.cu_seqlens_U1.dtype == torch.int32
     assert (batch.num_tokens, batch.num_utterances, batch.num_rows) == (sum(lengths), 3, len(batch.targets_R))
+
+
+def test_told_language_stands_in_the_prompt_and_responses_follow_it(
+    nano: AsrModel, reference: Any, audios: list[Samples], examples: list[Example]
+) -> None:
+    languages = ("Thai", None, "Macedonian")
+    told = [replace(example, prompt_language=name) for example, name in zip(examples, languages, strict=False)]
+
+    batch = pack(nano, told)
+
+    prompts = [
+        reference_inputs(nano, audio, language=name)["input_ids"][0].tolist()
+        for audio, name in zip(audios, languages, strict=False)
+    ]
+    lengths = [len(prompt) + len(example.response_ids) for prompt, example in zip(prompts, told, strict=True)]
+    sequences = [[*prompt, *example.response_ids] for prompt, example in zip(prompts, told, strict=True)]
+    assert batch.input_ids_N.tolist() == [token for sequence in sequences for token in sequence]
+    assert torch.equal(batch.input_ids_N[batch.rows_R + 1], batch.targets_R)
+    assert [
+        num_packed_tokens(
+            nano.prompt,
+            duration_seconds=len(audio) / 16_000,
+            num_response_tokens=len(example.response_ids),
+            language=example.prompt_language,
+        )
+        for audio, example in zip(audios, told, strict=False)
+    ] == lengths
+    found = (states_of(nano, batch) @ nano.head_weight_VD.T).log_softmax(-1)[: len(told[0].response_ids)]
+    expected = reference_response_logits(reference, nano, audios[0], told[0].response_ids, language="Thai")
+    torch.testing.assert_close(found, expected.log_softmax(-1), rtol=0, atol=2e-4)
+
+
+def test_prompts_without_responses_are_a_batch_without_rows(nano: AsrModel, audios: list[Samples]) -> None:
+    batch = pack(nano, [Example(key="", mel_MF=mel_MF, response_ids=()) for mel_MF in mels_of(nano, audios[:2])])
+
+    prompts = [reference_inputs(nano, audio)["input_ids"][0].tolist() for audio in audios[:2]]
+    assert batch.input_ids_N.tolist() == prompts[0] + prompts[1]
+    assert (batch.num_rows, batch.weighted_rows) == (0, 0)
+    assert states_of(nano, batch).shape == (0, 128)
 
 
 def test_rows_are_all_response_tokens_and_nothing_else(

@@ -153,10 +153,47 @@ def test_fingerprint_is_of_all_that_decides_plans_and_batches(
         fingerprint((first, one), (second, Response(two.token_ids + 1, "English"))),
         fingerprint((first, one), (rest[0][0], two)),
         fingerprint((first, one), (second, response_of(2, "German"))),
+        fingerprint((first, one), (second, response_of(2, prompt_language="English"))),
+        fingerprint((first, one), (second, response_of(2, ce_weight=0.0))),
         fingerprint((first, one), (replace(second, duration_seconds=second.duration_seconds + 1 / 16_000), two)),
     }
-    assert len(others | {base}) == 8
+    assert len(others | {base}) == 10
     assert fingerprint((first, one), (second, Response(two.token_ids.copy(), "English"))) == base
+
+
+def test_prompt_tells_the_language_that_the_teacher_was_told_and_the_run_s_context(
+    rows: list[LabelledUtterance], packed: Path, nano: AsrModel
+) -> None:
+    told = [(rows[0][0], response_of(3, "German", prompt_language="German")), (rows[1][0], response_of(4, "German"))]
+    prompt = nano.prompt.with_context("Ada, Grace")
+
+    with Reader(Shards(packed), workers=0) as reader:
+        dataset = LabelledSet(table_of(told), reader=reader, prompt=prompt, extractor=nano.extractor)
+        batch = dataset.batch([0, 1])
+        without_context = dataset_of(told, reader, nano)
+
+    starts = batch.cu_seqlens_U1.tolist()
+    tokenize = nano.prompt.tokenizer
+    for i, tag in enumerate(("language German<asr_text>", "")):
+        ids = batch.input_ids_N[starts[i] : starts[i + 1]].tolist()
+        assert len(ids) == dataset.num_tokens[i]
+        prompt_ids = ids[: len(ids) - 3 - i]
+        assert tokenize.decode(prompt_ids).endswith(f"<|im_start|>assistant\n{tag}")
+        assert "<|im_start|>system\nAda, Grace<|im_end|>" in tokenize.decode(prompt_ids)
+    assert dataset.fingerprint() != without_context.fingerprint()
+
+
+def test_rows_of_an_utterance_for_kl_only_have_no_weight_in_the_cross_entropy(
+    rows: list[LabelledUtterance], packed: Path, nano: AsrModel
+) -> None:
+    chosen = [(rows[0][0], response_of(3)), (rows[1][0], response_of(2, ce_weight=0.0)), (rows[2][0], response_of(1))]
+
+    with Reader(Shards(packed), workers=0) as reader:
+        batch = dataset_of(chosen, reader, nano).batch([0, 1, 2])
+
+    assert batch.ce_weight_R.tolist() == [1, 1, 1, 0, 0, 1]
+    assert batch.kl_weight_R.tolist() == [1] * 6
+    assert batch.weighted_rows == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,7 +10,7 @@ from qad_dist.asr.audio_tower import num_audio_tokens
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.mel import num_frames
 from qad_dist.asr.prompt import Prompt
-from shards.errors import ModelError
+from shards.errors import ConfigError, ModelError
 from tests.helpers.qwen import noise, reference_inputs
 
 
@@ -26,6 +26,59 @@ def test_prompt_ids_are_those_of_the_processor(nano: AsrModel, seconds: float) -
 
     assert ids == reference_inputs(nano, audio_A)["input_ids"][0].tolist()
     assert nano.prompt.num_prompt_tokens(num_audio_tokens(num_frames(len(audio_A)))) == len(ids)
+
+
+CONTEXTS = (
+    *("", "Qwen", "Anna, Łukasz; 3.5 mg\n第二行 名前 ", "  two  spaces\n\n"),
+    *("e\u0301 \u1e9b\u0323 ½", "a < b | c > d <|", "{{x}}"),
+)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("language", [None, "English", "Chinese", "Cantonese", "Macedonian"])
+def test_prompt_with_context_and_told_language_is_that_of_qwen_asr(
+    nano: AsrModel, context: str, language: str | None
+) -> None:
+    audio_A = noise(30_000, seed=0)
+    num_audio = num_audio_tokens(num_frames(len(audio_A)))
+    prompt = nano.prompt.with_context(context)
+
+    ids = prompt.build(num_audio, language=language)
+
+    assert ids == reference_inputs(nano, audio_A, context=context, language=language)["input_ids"][0].tolist()
+    assert prompt.num_prompt_tokens(num_audio, language=language) == len(ids)
+    tag = [] if language is None else ids_of(nano, f"language {language}<asr_text>")
+    assert ids[len(ids) - len(tag) :] == tag
+
+
+def test_context_and_language_leave_the_plain_prompt_as_it_is(nano: AsrModel) -> None:
+    before = nano.prompt.build(3)
+
+    other = nano.prompt.with_context("some names")
+    other.build(3, language="Thai")
+
+    assert nano.prompt.build(3) == before == other.with_context("").build(3) != other.build(3)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"),
+        *("<asr_text>", "<|audio_placeholder|>"),
+    ],
+)
+def test_context_that_spells_out_a_token_is_refused(nano: AsrModel, token: str) -> None:
+    """In qwen-asr it becomes the token: a context could end its turn, or ask for audio that is not there."""
+    with pytest.raises(ConfigError, match=r"label.context must not spell out a token of the model, got .*leave it out"):
+        nano.prompt.with_context(f"names {token} and terms")
+
+
+def test_chat_template_that_leaves_out_the_context_is_refused(nano: AsrModel) -> None:
+    deaf = broken(nano, apply_chat_template=lambda *_, **__: "<|im_start|>user\n<|audio_pad|><|im_end|>\n")
+
+    Prompt.from_processor(deaf)
+    with pytest.raises(ModelError, match=r"chat template must place the context before the audio, got .*copy the base"):
+        Prompt.from_processor(deaf, context="names")
 
 
 def test_special_ids_are_those_of_the_checkpoint(nano: AsrModel) -> None:
@@ -72,6 +125,22 @@ def test_parse_follows_the_rule_of_qwen_asr(nano: AsrModel, response: str) -> No
     language, text = parse_asr_output(nano.processor.tokenizer.decode(ids, skip_special_tokens=True))
 
     assert nano.prompt.parse(ids) == (text, language or None)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        *("seven three", " seven \n three ", "", "  ", "language German<asr_text>drei", "a <asr_text> b", "<asr_text>"),
+        *("language None<asr_text>", "seven<|endoftext|> three"),
+    ],
+)
+def test_response_to_a_told_language_is_text_by_the_rule_of_qwen_asr(nano: AsrModel, response: str) -> None:
+    ids = ids_of(nano, response)
+    decoded = nano.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    language, text = parse_asr_output(decoded, user_language="Thai")
+
+    assert nano.prompt.parse(ids, language="Thai") == (text, language or None)
+    assert nano.prompt.parse([*ids, nano.prompt.end_id, *ids], language="Thai") == (text, language or None)
 
 
 def test_transcript_that_spells_out_a_special_token_does_not_end_the_response(nano: AsrModel) -> None:

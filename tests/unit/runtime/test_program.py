@@ -135,7 +135,7 @@ def test_bug_keeps_its_traceback(config):
     ("name", "line"),
     [
         ("train", "train.micro_batch_tokens must be small enough for the GPU's memory, got 16384 and "),
-        ("label", "label.batch_audio_seconds must be small enough for the GPU's memory, got 160.0 and "),
+        ("label", "label.slots must be small enough for the GPU's memory, got 128 and "),
         ("score", "score.batch_audio_seconds must be small enough for the GPU's memory, got 160.0 and "),
         ("quantize", "quantize.micro_batch_tokens must be small enough for the GPU's memory, got 8192 and "),
         ("export", "the GPU must hold the model, got "),

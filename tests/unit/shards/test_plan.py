@@ -423,17 +423,30 @@ def test_short_utterances_are_charged_a_least_length_so_that_rows_are_bounded():
         st.one_of(st.floats(0.05, 40), st.sampled_from([0.1, 0.3, 1.1, 2.0, 2.2, 3.3, 16.0])), max_size=120
     ),
     budget=st.one_of(st.floats(0.5, 400), st.sampled_from([3.3, 6.6, 9.9, 22.0, 33.0])),
+    most=st.one_of(st.none(), st.integers(1, 130)),
 )
-@example(durations=[38.78] * 200, budget=2520.7)  # the quotient is 65, but 65 times as long is above the budget
-@example(durations=[28.584621063723503] * 20, budget=142.9231053186175)  # the quotient is 4, but 5 times is not above
+# The quotient is 65, but 65 times as long is above the budget; the quotient is 4, but 5 times is not above.
+@example(durations=[38.78] * 200, budget=2520.7, most=None)
+@example(durations=[28.584621063723503] * 20, budget=142.9231053186175, most=None)
 @settings(max_examples=200)
-def test_decoding_batches_are_what_taking_one_utterance_after_the_other_gives(durations, budget):
+def test_decoding_batches_are_what_taking_one_utterance_after_the_other_gives(durations, budget, most):
     expected = []
     for index in sorted(range(len(durations)), key=lambda i: (-durations[i], i)):
-        if expected and (len(expected[-1]) + 1) * max(durations[expected[-1][0]], MIN_CHARGED_SECONDS) <= budget:
+        size = len(expected[-1]) if expected else 0
+        charged = max(durations[expected[-1][0]], MIN_CHARGED_SECONDS) if expected else 0
+        if expected and (size + 1) * charged <= budget and size + 1 <= (most or size + 1):
             expected[-1].append(index)
         else:
             expected.append([index])
 
-    assert plan_decoding(durations, batch_audio_seconds=budget) == expected
-    assert plan_decoding(np.array(durations), batch_audio_seconds=budget) == expected
+    assert plan_decoding(durations, batch_audio_seconds=budget, max_utterances=most) == expected
+    assert plan_decoding(np.array(durations), batch_audio_seconds=budget, max_utterances=most) == expected
+
+
+def test_decoding_batches_hold_no_more_utterances_than_are_asked_for():
+    durations = [10.0] * 7 + [1.0] * 5
+
+    assert plan_decoding(durations, batch_audio_seconds=40, max_utterances=3) == [
+        *([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11])
+    ]
+    assert plan_decoding(durations, batch_audio_seconds=40, max_utterances=1) == [[i] for i in range(12)]

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from qad_dist.config import RunConfig
+from qad_dist.filters import FiltersConfig
 from qad_dist.runtime.world import World
 from qad_dist.stages import quantize
 from qad_dist.stages.quantize import calibration_rows, share_out
+from qad_dist.text.accept import judge
 from shards.errors import ShardError, WorldError
 from shards.index import read_index, read_utterances
 from shards.labels import LabelHeader, label_path, write_labels
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH, TRAIN, PseudoLabel, Recording, Utterance
+from shards.verdicts import Judged, verdict_path, write_verdicts
 from tests.helpers.packing import pack_tones
 from tests.helpers.tones import write_tone
 
@@ -103,7 +106,12 @@ def write_label_files(folder: Path, special: dict[str, dict[str, str]]) -> None:
     for entry in read_index(folder / "pack").shards:
         labels = [label_of(u, **special.get(u.key, {})) for u in utterances if u.shard == entry.name]
         header = LabelHeader(shard=entry.name, shard_sha256=entry.sha256, teacher="t", settings={})
-        write_labels(label_path(folder / "label", entry.name), header, labels)
+        path = label_path(folder / "label", entry.name)
+        judged = Judged(shard=entry.name, labels_sha256=write_labels(path, header, labels), settings={})
+        # The texts are no texts: what they say against themselves is not what this is about.
+        filters = FiltersConfig.model_validate({name: {"action": "none"} for name in ("rate", "script")})
+        verdicts = [judge(label, language=None, reference=None, filters=filters) for label in labels]
+        write_verdicts(verdict_path(path), judged, verdicts)
 
 
 def keys_of(run: RunConfig) -> list[str]:

@@ -1,0 +1,54 @@
+"""How far a rank is with its audio: one line now and then, from every rank, in a log file as on a terminal."""
+
+import logging
+import time
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Counts what this rank has done; tells it at most every 30 seconds, and whenever it is asked to."""
+
+    def __init__(self, stage: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin now.
+
+        Args:
+            stage: Its name, for the line.
+            clock: Seconds; only their differences count.
+        """
+        self._stage, self._clock = stage, clock
+        self._begun = self._told = clock()
+        self.num_utterances = 0
+        self.audio_seconds = 0.0
+
+    @property
+    def rtfx(self) -> float:
+        """Seconds of audio for each second since the beginning."""
+        return self.audio_seconds / max(self._clock() - self._begun, 1e-9)
+
+    def add(self, *, utterances: int, audio_seconds: float) -> None:
+        """Count what was done since the last time."""
+        self.num_utterances += utterances
+        self.audio_seconds += audio_seconds
+
+    def tell(self, *, left_seconds: Callable[[], float], ranks: int, now: bool = False) -> None:
+        """Log a line, if it is time for one.
+
+        Args:
+            left_seconds: Asked only then: audio that no rank has done.
+            ranks: Between how many it is shared out.
+            now: Whether it is time for a line whenever the last one was.
+        """
+        present = self._clock()
+        if not now and present - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._told = present
+        left = left_seconds()
+        eta = "unknown" if self.rtfx == 0 else f"{left / (self.rtfx * ranks):.0f}"
+        log.info(
+            "event=progress stage=%s utterances=%d audio_hours=%.3f rtfx=%.1f left_hours=%.3f eta_seconds=%s",
+            *(self._stage, self.num_utterances, self.audio_seconds / 3600, self.rtfx, left / 3600, eta),
+        )

@@ -1,0 +1,62 @@
+"""What the pictures of this project have in common: how they are made, how they look, and how they get to disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shards.errors import ConfigError
+from shards.storage import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_figure(path: Path, *, width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches, whose parts find their places by themselves.
+
+    Raises:
+        ConfigError: Matplotlib is not installed; names the file of ``path``.
+    """
+    try:
+        # Without pyplot: no state outside this figure, no display.
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as cause:
+        raise ConfigError(
+            f"{path.name} must be drawn by matplotlib, got {cause}; install it: pip install 'qad-dist[plots]'"
+        ) from cause
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.04)
+    return Figure(figsize=(width, height), dpi=150, layout=layout)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG atomically; equal figures give equal bytes.
+
+    Raises:
+        StageError: ``path`` cannot be written.
+    """
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def tidy(axes: "Axes", along: Literal["x", "y"]) -> None:
+    """Leave of frame and ticks what is needed, with lines ``along`` which values are read."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(color="#999999", labelsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis=along, color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def in_unit(seconds: float) -> tuple[float, str]:
+    """A duration in the largest of hours, minutes and seconds that it has at least one of."""
+    for length, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= length:
+            return seconds / length, unit
+    return seconds, "seconds"
+
+
+def number_text(value: float) -> str:
+    """About three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
