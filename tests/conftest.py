@@ -1,11 +1,13 @@
 """Rules of the test suite: a time limit for each kind of test, a GPU or recorded speech only where there is one."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.digits import DigitsRun, FinishedRun, make_digits, run_on_one_rank, run_on_two_ranks
+from tests.helpers.forking import ForkServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +61,13 @@ def speech() -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
     """A config on a few spoken digits, packed, for tests of later stages; copy what they would change."""
     return make_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A process that starts programs quickly."""
+    with ForkServer(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

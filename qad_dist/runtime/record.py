@@ -86,7 +86,7 @@ def begin_stage(run: RunConfig, stage: str) -> Path:
     # The record is removed by way of the folder's permissions; a file written now also proves that there is space.
     with atomic_write(folder / ".writable") as file:
         file.write(b"\n")
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)  # another job may have begun at the same time
     (folder / DONE).unlink(missing_ok=True)
     if stage != "label":  # there another job may be writing
         settle_interrupted(folder)

@@ -8,7 +8,7 @@ differ are, this project's own float32 log-probabilities of both are told: a dif
 0.01 of each other.
 
 Timed are whole passes from samples to hypotheses, in turn, with the server started and warm: wall seconds, and
-processor seconds of all processes of a side. vLLM computes log-mels in a process of its own while it decodes in another
+processor seconds of the processes of a side. vLLM computes log-mels in a process of its own while it decodes in another
 one, so that it uses two cores where there are two. Offline is ``vllm.LLM``, in a run of its own and without HTTP: it
 prepares all prompts before it decodes. vLLM's engine also spends processor time while it waits.
 """
@@ -49,6 +49,7 @@ NEAR_TIE = 0.01
 """Nats. In float32 the two engines' log-probabilities are 1e-4 apart at most."""
 LIMIT_TOKENS, MAX_LENGTH = 160, 640
 SLOTS = 128
+OURS = "ours"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +219,18 @@ def measure(
     theirs = by_vllm(teacher, vllm, clips, in_flight=max(in_flight))
     unlike = differences(teacher, clips, ours, [hypothesis.token_ids for hypothesis in theirs])
     assert all(difference.is_near_tie for difference in unlike), unlike
-    sides: dict[str, Callable[[], object]] = {"ours": lambda: by_this_project(teacher, clips)}
+    sides: dict[str, Callable[[], object]] = {OURS: lambda: by_this_project(teacher, clips)}
     for count in in_flight:
         sides[f"vllm, {count} in flight"] = lambda count=count: by_vllm(teacher, vllm, clips, in_flight=count)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for side in sides.values():
         side()
+    # The server polls while it waits: that is not on our account. Client and server are one side.
+    own = [psutil.Process()]
+    both = [*own, *own[0].children(recursive=True)]
     for _ in range(rounds):
         for name, side in sides.items():
-            spent[name].append(time_of(side))
+            spent[name].append(time_of(side, own if name == OURS else both))
     return {
         "vllm": vllm.served.version,
         "clips": len(clips),
@@ -265,7 +269,7 @@ def agreement(clips: Sequence[Clip], ours: Sequence[Hypothesis], theirs: Sequenc
 
 def measure_offline(
     python: str, folder: Path, teacher: AsrModel, clips: Sequence[Clip], rounds: int, slots: int
-) -> dict[str, int]:
+) -> dict[str, list[int]]:
     """``vllm.LLM`` on the same clips, longest first, with the server's settings."""
     wavs = folder / "clips"
     write_wavs([clip.audio_A for clip in sorted(clips, key=lambda clip: -clip.seconds)], wavs)
@@ -288,23 +292,25 @@ def measure_offline(
     return rates(clips, json.loads(answer_path.read_text()))
 
 
-def rates(clips: Sequence[Clip], times: Sequence[tuple[float, float]]) -> dict[str, int]:
-    """Seconds of audio for each second; times are pairs of wall and processor seconds."""
+def rates(clips: Sequence[Clip], times: Sequence[tuple[float, float]]) -> dict[str, list[int]]:
+    """Seconds of audio for each second, slowest, median and fastest round; times are wall and processor seconds."""
     seconds = sum(clip.seconds for clip in clips)
-    wall, processor = np.median(np.array(times), axis=0)
-    return {"wall": round(seconds / wall), "processor": round(seconds / processor)}
+    wall, processor = np.array(times).T
+    return {
+        name: [round(seconds / value) for value in (spent.max(), np.median(spent), spent.min())]
+        for name, spent in (("wall", wall), ("processor", processor))
+    }
 
 
-def time_of(side: Callable[[], object]) -> tuple[float, float]:
-    """Wall seconds, and processor seconds of this process and all below it."""
-    processor, begun = processor_seconds(), time.perf_counter()
+def time_of(side: Callable[[], object], processes: Sequence[psutil.Process]) -> tuple[float, float]:
+    """Wall seconds, and processor seconds of the processes that are this side's."""
+    processor, begun = processor_seconds(processes), time.perf_counter()
     side()
-    return time.perf_counter() - begun, processor_seconds() - processor
+    return time.perf_counter() - begun, processor_seconds(processes) - processor
 
 
-def processor_seconds() -> float:
-    process = psutil.Process()
-    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+def processor_seconds(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
     return sum(one.user + one.system for one in times)
 
 

@@ -1,11 +1,9 @@
 """What the label stage makes does not depend on the number of ranks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.forking import ForkServer
 from tests.helpers.label_runs import NUM_UTTERANCES, LabelRun, utterances_labelled
 
 SHARDS = ["heldout-000000", "heldout-000001", *(f"train-{number:06d}" for number in range(5))]
@@ -14,12 +12,6 @@ REPORT = ["accept.json", "accept.md"]
 
 def made_by(run: Path, *patterns: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for pattern in patterns for path in sorted((run / "label").glob(pattern))}
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,8 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def new_run(digits: DigitsRun, tmp_path_factory) -> Iterator[Callable[[], LabelRun]]:
-    with ForkServer(tmp_path_factory.mktemp("forks")) as forks:
-
-        def make() -> LabelRun:
-            return LabelRun(forks, digits, digits.copy_to(tmp_path_factory.mktemp("label") / "run"))
-
-        yield make
+def new_run(forks: ForkServer, digits: DigitsRun, tmp_path_factory) -> Callable[[], LabelRun]:
+    return lambda: LabelRun(forks, digits, digits.copy_to(tmp_path_factory.mktemp("label") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +103,12 @@ def told(ended: Ended) -> list[str]:
     return [line for line in ended.stderr.splitlines() if " INFO " not in line]
 
 
-def assert_whole(run: LabelRun, whole: Whole, *, leftovers: int = 0) -> None:
-    """The bytes of an uninterrupted run, and nothing else but so many temporary files of killed processes."""
+def assert_whole(run: LabelRun, whole: Whole, *, leftovers: Container[int] = (0,)) -> None:
+    """The bytes of an uninterrupted run, and else only so many temporary files: each killed rank may have left one."""
     assert run.files() == whole.files
     assert results_of(run) == whole.results
     left = run.leftovers()
-    assert len(left) == leftovers
+    assert len(left) in leftovers
     assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
 
 
@@ -190,7 +185,7 @@ def test_after_a_kill_another_start_labels_only_what_is_missing(run, whole, kill
     (again,) = run.finish(PATIENT)
 
     assert sorted(shards_labelled(again.stderr)) == sorted(missing)
-    assert_whole(run, whole, leftovers=kill.temporaries)
+    assert_whole(run, whole, leftovers=(kill.temporaries,))
     assert {name: run.marks()[name] for name in before} == before
 
 
@@ -221,8 +216,7 @@ def test_after_a_kill_of_one_of_two_ranks_two_ranks_label_only_what_is_missing(r
     again = run.finish(PATIENT, ranks=2)
 
     assert sum(utterances_labelled(*(rank.stderr for rank in again))) == num_utterances(missing, whole)
-    assert run.files() == whole.files
-    assert results_of(run) == whole.results
+    assert_whole(run, whole, leftovers=(kill.temporaries, kill.temporaries + 1))
     assert {name: run.marks()[name] for name in before} == before
 
 
@@ -244,7 +238,7 @@ def test_after_a_kill_under_the_launcher_all_ranks_and_readers_end_and_another_l
 
     assert again.code == 0, again.stderr
     assert sum(utterances_labelled(again.stderr)) == num_utterances(missing, whole)
-    assert_whole(run, whole)
+    assert_whole(run, whole, leftovers=range(3))
     assert {name: run.marks()[name] for name in before} == before
 
 
@@ -265,7 +259,7 @@ def test_sigterm_to_the_launcher_ends_everything_and_another_start_finishes(run,
     (again,) = run.finish(PATIENT)
 
     assert sorted(shards_labelled(again.stderr)) == sorted(missing)
-    assert_whole(run, whole)
+    assert_whole(run, whole, leftovers=range(3))
     assert {name: run.marks()[name] for name in before} == before
 
 
@@ -373,4 +367,4 @@ def test_a_disk_that_is_full_for_one_rank_ends_the_other_one_too(run, whole):
 
     run.finish(PATIENT, ranks=2)
 
-    assert run.files() == whole.files
+    assert_whole(run, whole, leftovers=range(2))

@@ -76,6 +76,22 @@ def test_free_slots_are_refilled_while_others_go_on(
     assert tail[-1] == 1
 
 
+def test_slots_are_closed_up_when_nothing_is_left_to_begin(
+    nano: AsrModel, audios: list[Samples], hypotheses: list[Hypothesis], counted: list[tuple[str, int]]
+) -> None:
+    """The last of eight goes on alone, in the first slot, when the others have ended by their limit."""
+    by_length = sorted(range(len(audios)), key=lambda i: len(hypotheses[i].token_ids))[-8:]
+    whole = [hypotheses[i].token_ids for i in by_length]
+    mels = mels_of(nano, [audios[i] for i in by_length])
+    requests = [Request(mel_MF, 3) for mel_MF in mels[:-1]] + [Request(mels[-1], LIMIT)]
+
+    found = in_order(decode(nano, [requests], slots=8, max_length=MAX_LENGTH))
+
+    assert [hypothesis.token_ids for hypothesis in found] == [ids[:3] for ids in whole[:-1]] + [whole[-1]]
+    assert [number for kind, number in counted if kind == "step"] == [8, 8] + [1] * (len(whole[-1]) - 3)
+    assert len(whole[-1]) > 12
+
+
 def test_next_batch_is_taken_only_when_the_one_before_it_has_begun(nano: AsrModel, audios: list[Samples]) -> None:
     taken: list[int] = []
     requests = requests_for(nano, audios[:12])
