@@ -148,7 +148,7 @@ class LabelConfig(Section):
     backend: Literal["torch", "vllm"] = "torch"
     """What decodes: this project, or a vLLM server."""
     vllm_url: str | None = None
-    """Address of a running server, ``http://host:port``; None starts one for each rank with ``vllm_python``."""
+    """Address of a server that runs with ``--enable-scale-out``; None starts one a rank with ``vllm_python``."""
     vllm_python: str | None = None
     """Python of an environment that has vLLM; it cannot be this one, as it needs another torch."""
     filters: FiltersConfig = FiltersConfig()
