@@ -41,6 +41,7 @@ from shards.read import Damaged
 from shards.schema import ENDED_BY_LENGTH
 from shards.selection import own_first
 from shards.storage import atomic_write, write_json
+from shards.verdicts import stored_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,9 @@ def verify(run: RunConfig) -> None:
     num_labels = num_second = 0
     for shard in work.tasks:
         first = work.read_first(shard)
-        num_labels += len(first.labels)
+        num_labels += len(stored_verdicts(first))
         if run.label.second_pass != NONE:
-            num_second += len(work.read_second(shard, first).labels)
+            num_second += len(stored_verdicts(work.read_second(shard, first)))
     log.info("event=verified labels=%d second_pass=%d", num_labels, num_second)
 
 

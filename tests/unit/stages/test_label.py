@@ -400,6 +400,14 @@ def test_verify_names_a_label_file_of_another_shard(run: RunConfig) -> None:
         stage.verify(run)
 
 
+def test_verify_names_a_shard_without_verdicts(run: RunConfig) -> None:
+    stage.run(run)
+    (run.stage_folder("label") / "train-000000.accept.json").unlink()
+
+    with pytest.raises(ShardError, match=r"train-000000\.accept\.json must hold the verdicts on train-000000\.jsonl"):
+        stage.verify(run)
+
+
 def test_all_shards_are_labelled_whichever_a_dead_rank_had_claimed(run: RunConfig) -> None:
     # As a killed process on another machine would leave it: nobody is left to count up.
     claims = run.stage_folder("label") / stage.CLAIMS
