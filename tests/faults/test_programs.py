@@ -122,6 +122,8 @@ def remove(name: str) -> Callable[[Bench, Path], list[str]]:
     return unlink
 
 
+# Other shards may have been labelled before.
+ALL_BUT_0 = ("claims", "heldout-*", "train-00000[!0].*")
 LABEL_FIRST = "run `accelerate launch launch/label.py --config ...` first"
 QUANTIZE_FIRST = "run `accelerate launch launch/quantize.py --config ...` first"
 TRAIN_FIRST = "run `accelerate launch launch/train.py --config ...` first"
@@ -226,18 +228,19 @@ FAULTS = {
     ),
     "flipped bit in a shard": Fault(
         "label",
-        "{run}/pack/train-000000.tar: utterance '",
-        "; the shard is damaged, pack again",
+        "read.max_quarantined_share must cover what cannot be read, got 0.01 (at most 0 of 55 utterances) and 1: ",
+        "; the shard is damaged, pack again); see {run}/label, mend the shards or raise it",
         flip_bit("pack/train-000000.tar"),
         ("pack",),
+        left=ALL_BUT_0,
     ),
     "shard cut in half": Fault(
         "label",
-        "{run}/pack/train-000001.tar: utterance '",
-        "; the shard was cut, pack again",
+        "read.max_quarantined_share must cover what cannot be read, got 0.01 (at most 0 of 55 utterances) and 5: ",
+        "; the shard was cut, pack again); see {run}/label, mend the shards or raise it",
         cut("pack/train-000001.tar"),
         ("pack",),
-        left=("train-000000.jsonl",),
+        left=("claims", "heldout-*", "train-00000[!1].*"),
     ),
     "shard missing": Fault(
         "label",
@@ -245,6 +248,7 @@ FAULTS = {
         "pack again or mend the disk",
         remove("pack/train-000000.tar"),
         ("pack",),
+        left=ALL_BUT_0,
     ),
     "label file missing": Fault(
         "quantize",

@@ -1,8 +1,9 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from qad_dist.stages import check
 from shards.errors import ModelError
 from shards.schema import SAMPLE_RATE_HZ, Recording
 from tests.helpers.packing import pack_tones
+
+if TYPE_CHECKING:
+    from qad_dist.asr.collate import Example
+    from qad_dist.asr.prompt import Prompt
+    from qad_dist.batch import Batch
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2.json"
@@ -249,12 +255,12 @@ def test_check_sees_a_transcript_that_differs_from_qwen_asr(
 ) -> None:
     from qad_dist.asr import transcribe
 
-    honest = transcribe._embed_prompts
+    honest = transcribe.collate
 
-    def deaf(model: Any, mels: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return honest(model, [torch.zeros_like(mel_MF) for mel_MF in mels])
+    def deaf(examples: "Sequence[Example]", *, prompt: "Prompt") -> "Batch":
+        return honest([replace(one, mel_MF=torch.zeros_like(one.mel_MF)) for one in examples], prompt=prompt)
 
-    monkeypatch.setattr(transcribe, "_embed_prompts", deaf)
+    monkeypatch.setattr(transcribe, "collate", deaf)
 
     (line,) = failures(run_config(tmp_path, ASSETS / "nano-teacher"), capsys)
 
