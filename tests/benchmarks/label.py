@@ -8,7 +8,8 @@
 
 Both begin with samples and end with text, in float32, with one thread, in one process, with attention over the whole
 clip, which is what qwen-asr does here. qwen-asr is told the checkpoint's end token, without which it would not stop on
-the small vocabulary, and where each response ends on random weights; it is given the batch size at which it is fastest.
+the small vocabulary, and where each response ends on random weights; it is given the batch size at which it is fastest,
+among those for which its logits of all prompt positions fit into 9 GiB.
 First the tokens of both are compared, clip by clip. Then both take turns, and what is counted is processor time. The
 line of JSON for each part has the seconds of audio for each second of it and how many times ours goes into the other's,
 of which the median is to be at least 3 for ``nano`` and 1.5 for ``real``.
