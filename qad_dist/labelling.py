@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -219,13 +218,10 @@ def read_used_labels(run: RunConfig, split: str) -> Labelled:
 
 
 def _tasks(run: RunConfig) -> dict[str, Task]:
-    """By name, in the order of the index, in which the utterances of a shard lie together."""
+    """By name, in the order of the index."""
     table = read_utterances(run.stage_folder("pack"), splits=run.label.splits)
     if not len(table):
         raise ShardError(f"label.splits must name splits that were packed, got {run.label.splits}; see `pack.py stats`")
     table = table.take(np.flatnonzero(select(table, run.label.max_hours_per_language)))
     entries = {entry.name: entry for entry in read_index(run.stage_folder("pack")).shards}
-    codes, names = table.codes("shard")
-    begins = [*np.flatnonzero(np.diff(codes, prepend=-1)).tolist(), len(table)]
-    shards = {str(names[codes[begin]]): table[begin:end] for begin, end in pairwise(begins)}
-    return {name: Task(entry=entries[name], utterances=utterances) for name, utterances in shards.items()}
+    return {name: Task(entry=entries[name], utterances=table[begin:end]) for name, begin, end in table.shards()}

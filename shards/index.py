@@ -7,12 +7,14 @@ any damage; webdataset's own reader does not (a tar that was cut merely ends ear
 import math
 import types
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from shards.columns import Columns, batch_of, schema_of
@@ -66,6 +68,13 @@ class Index:
 
 class UtteranceTable(Columns[Utterance]):
     """The utterances of an index, about 165 bytes each."""
+
+    def shards(self) -> Iterator[tuple[str, int, int]]:
+        """Each shard, and where its utterances begin and end: they lie together, in the order of the index."""
+        codes, names = self.codes("shard")
+        begins = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(codes)]):
+            yield str(names[codes[begin]]), begin, end
 
 
 class IndexWriter:

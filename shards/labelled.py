@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -191,7 +190,7 @@ def read_labelled(
     selected = select(utterances, max_hours_per_language)
     dropped = Counter({NOT_SELECTED: num_left}) if (num_left := int((~selected).sum())) else Counter[str]()
     gathered = _Gathered()
-    for shard, begin, end in _shards_of(utterances):
+    for shard, begin, end in utterances.shards():
         if not selected[begin:end].any():
             continue
         answers = _read_answers(label_folder, shard, hashes[shard], verdicts, second_pass=second_pass)
@@ -257,14 +256,6 @@ class _Gathered:
             hidden_starts=hidden_starts,
             is_second=is_second.astype(np.bool_),
         )
-
-
-def _shards_of(utterances: UtteranceTable) -> Iterator[tuple[str, int, int]]:
-    """Each shard, and where its utterances begin and end: they lie together in the index."""
-    codes, names = utterances.codes("shard")
-    begins = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
-    for begin, end in pairwise([*begins, len(codes)]):
-        yield str(names[codes[begin]]), begin, end
 
 
 def _read_answers(

@@ -181,9 +181,18 @@ class _Readable:
                 yield readable
 
     def gather(self, numbered: Iterable[tuple[int, Hypothesis]]) -> ShardLabels:
-        """The labels of all utterances, from what came of each request."""
+        """The labels of all utterances, in their order, from what came of each request."""
         found = {self._places[number]: hypothesis for number, hypothesis in numbered}
-        return gather_labels(self._utterances, self.languages, found, self._damaged)
+        labels = [
+            _unreadable(utterance, language, self._damaged[place])
+            if place in self._damaged
+            else _pseudo_label(utterance, language, found[place])
+            for place, (utterance, language) in enumerate(zip(self._utterances, self.languages, strict=True))
+        ]
+        hidden = [states for place in sorted(found) if (states := found[place].hidden_RD) is not None]
+        bits = torch.cat(hidden).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16) if hidden else None
+        damaged = [self._damaged[place] for place in sorted(self._damaged)]
+        return ShardLabels(labels=labels, hidden_TD=bits, damaged=damaged)
 
 
 def _limit(settings: LabelConfig, duration_seconds: float) -> int:
@@ -199,31 +208,6 @@ def _max_length(prompt: Prompt, settings: LabelConfig, longest_seconds: float) -
     names = [None, *LANGUAGES]
     limits = [_limit(settings, longest_seconds)] * len(names)
     return slot_length(prompt, [longest_seconds] * len(names), limits, names)
-
-
-def gather_labels(
-    utterances: Sequence[Utterance],
-    languages: Sequence[str | None],
-    found: dict[int, Hypothesis],
-    damaged: dict[int, Damaged],
-) -> ShardLabels:
-    """Records of all utterances, in their order.
-
-    Args:
-        utterances: Of one shard.
-        languages: What the teacher was told of each.
-        found: What it wrote, by place.
-        damaged: The rest: what could not be read, by place.
-    """
-    labels = []
-    for place, (utterance, language) in enumerate(zip(utterances, languages, strict=True)):
-        if place in damaged:
-            labels.append(_unreadable(utterance, language, damaged[place]))
-        else:
-            labels.append(_pseudo_label(utterance, language, found[place]))
-    hidden = [states for place in sorted(found) if (states := found[place].hidden_RD) is not None]
-    bits = torch.cat(hidden).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16) if hidden else None
-    return ShardLabels(labels=labels, hidden_TD=bits, damaged=[damaged[place] for place in sorted(damaged)])
 
 
 def _pseudo_label(utterance: Utterance, language: str | None, hypothesis: Hypothesis) -> PseudoLabel:
