@@ -1,7 +1,11 @@
 """What the pictures of this project have in common: how they are made, how they look, and how they get to disk."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from shards.errors import ConfigError
 from shards.storage import atomic_write
@@ -37,6 +41,40 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """
     with atomic_write(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def draw_hours(
+    axes: "Axes", names: Sequence[str], parts: Mapping[str, tuple[str, npt.NDArray[np.float64]]], *, title: str
+) -> None:
+    """A bar for each language, as long as its speech, in parts.
+
+    Args:
+        axes: Where.
+        names: Of the languages, from below.
+        parts: From the left: what each is called, its color, and its seconds in each language.
+        title: Above the bars.
+    """
+    totals = np.sum([seconds for _, seconds in parts.values()], axis=0)
+    longest, unit = in_unit(float(totals.max(initial=0)))
+    factor = longest / totals.max(initial=0) if longest else 1.0
+    left = np.zeros(len(names))
+    places = np.arange(len(names))
+    for label, (color, seconds) in parts.items():
+        axes.barh(places, seconds * factor, left=left, height=0.72, color=color, label=label)
+        left += seconds * factor
+    for place, total in zip(places.tolist(), left.tolist(), strict=True):
+        axes.annotate(
+            number_text(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axes.set_yticks(places, names, fontsize=9)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_xlabel(unit)
+    axes.set_title(title, fontsize=11, loc="left")
+    # Above the axes, where no bar can be behind it.
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(parts), fontsize=9)
+    tidy(axes, "x")
 
 
 def tidy(axes: "Axes", along: Literal["x", "y"]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.index import UNKNOWN_LANGUAGE
-from shards.pictures import in_unit, new_figure, number_text, save_figure, tidy
+from shards.pictures import draw_hours, in_unit, new_figure, number_text, save_figure, tidy
 from shards.schema import SPLITS
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def draw(stats: Stats, path: Path) -> None:
     grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(3, 2))
     hours_axes = figure.add_subplot(grid[0, 0])
     order = np.argsort(stats.seconds_LS.sum(axis=1), kind="stable")
-    _draw_hours(hours_axes, stats, order)
+    parts = {split: (_COLORS[split], stats.seconds_LS[order, number]) for number, split in enumerate(SPLITS)}
+    names = [stats.languages[number] for number in order.tolist()]
+    draw_hours(hours_axes, names, parts, title="Speech per language and split")
     _draw_spread(figure.add_subplot(grid[0, 1], sharey=hours_axes), stats, order)
     _draw_histogram(figure.add_subplot(grid[1, :]), stats)
     value, unit = in_unit(float(stats.seconds_LS.sum()))
@@ -191,31 +193,6 @@ def _bin_labels(stats: Stats) -> list[str]:
     edges = [f"{number * stats.bin_seconds:.10g}" for number in range(num_bins + 1)]
     labels = [f"{edges[number]} - {edges[number + 1]}" for number in range(num_bins)]
     return [*labels[:-1], f"{edges[-2]} and more"] if stats.is_last_bin_open else labels
-
-
-def _draw_hours(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None:
-    totals = stats.seconds_LS.sum(axis=1)[order]
-    longest, unit = in_unit(float(totals.max(initial=0)))
-    factor = longest / totals.max(initial=0) if longest else 1.0
-    left = np.zeros(len(order))
-    places = np.arange(len(order))
-    for number, split in enumerate(SPLITS):
-        widths = stats.seconds_LS[order, number] * factor
-        axes.barh(places, widths, left=left, height=0.72, color=_COLORS[split], label=split)
-        left += widths
-    for place, total in zip(places.tolist(), left.tolist(), strict=True):
-        axes.annotate(
-            number_text(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axes.set_yticks(places, [stats.languages[number] for number in order.tolist()], fontsize=9)
-    axes.set_ylim(-0.7, len(order) - 0.3)
-    axes.margins(x=0.1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.set_xlabel(unit)
-    axes.set_title("Speech per language and split", fontsize=11, loc="left")
-    # Above the axes, where no bar can be behind it.
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(SPLITS), fontsize=9)
-    tidy(axes, "x")
 
 
 def _draw_spread(axes: "Axes", stats: Stats, order: npt.NDArray[np.intp]) -> None:

@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qad_dist.text.label_report import reasons_of
-from shards.pictures import in_unit, new_figure, number_text, save_figure, tidy
+from shards.pictures import draw_hours, in_unit, new_figure, number_text, save_figure, tidy
 from shards.verdicts import ALL, KL_ONLY, NOTHING
 
 if TYPE_CHECKING:
@@ -33,38 +35,17 @@ def draw_report(summary: dict[str, Any], path: Path) -> None:
     figure = new_figure(path, width=7 + 0.75 * max(4, len(reasons)), height=0.27 * max(2, len(names)) + 2.4)
     grid = figure.add_gridspec(1, 2, width_ratios=(6, 0.75 * max(4, len(reasons))))
     hours = figure.add_subplot(grid[0, 0])
-    _draw_hours(hours, summary["languages"], names)
+    parts = {
+        title: (color, np.array([3600 * summary["languages"][name]["use"][use]["hours"] for name in names]))
+        for use, (title, color) in _USES.items()
+    }
+    draw_hours(hours, names, parts, title="Speech per language")
     _draw_reasons(figure.add_subplot(grid[0, 1], sharey=hours), summary["languages"], names, reasons)
     value, unit = in_unit(3600 * summary["hours"])
     kept = summary["hours"] - summary["use"][NOTHING]["hours"]
     share = f", {100 * kept / summary['hours']:.1f} % of it kept" if summary["hours"] else ""
     figure.suptitle(f"{number_text(value)} {unit} of labelled speech{share}", fontsize=14, fontweight="bold")
     save_figure(figure, path)
-
-
-def _draw_hours(axes: "Axes", languages: dict[str, Any], names: list[str]) -> None:
-    """A bar for each language: what is used, what is distilled from without its tokens, what is dropped."""
-    seconds = [3600 * languages[name]["hours"] for name in names]
-    longest, unit = in_unit(max(seconds, default=0.0))
-    factor = 3600 * longest / max(seconds) if longest else 1.0
-    places = range(len(names))
-    left = [0.0] * len(names)
-    for use, (title, color) in _USES.items():
-        widths = [languages[name]["use"][use]["hours"] * factor for name in names]
-        axes.barh(places, widths, left=left, height=0.72, color=color, label=title)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, total in enumerate(left):
-        axes.annotate(
-            number_text(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axes.set_yticks(places, names, fontsize=9)
-    axes.set_ylim(-0.7, len(names) - 0.3)
-    axes.margins(x=0.1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.set_xlabel(unit)
-    axes.set_title("Speech per language", fontsize=11, loc="left")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(_USES), fontsize=9)
-    tidy(axes, "x")
 
 
 def _draw_reasons(axes: "Axes", languages: dict[str, Any], names: list[str], reasons: list[str]) -> None:
