@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from qad_dist.filters import FiltersConfig
+from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.section import Section
 from shards.errors import ConfigError
 from shards.schema import SPLITS
@@ -165,19 +166,6 @@ class LabelConfig(Section):
         return self
 
 
-class QuantizeConfig(Section):
-    """The ``quantize:`` section: INT8 SmoothQuant of the decoder's Linear layers."""
-
-    format: Literal["int8"] = "int8"
-    """INT8 weights per output channel, INT8 activations per tensor (static)."""
-    alpha: float = Field(default=1.0, ge=0, le=1)
-    """SmoothQuant: 1 moves all outlier channels of the activations into the weights, 0 the other way round."""
-    calibration_utterances: int = Field(default=1024, ge=1)
-    """Taken from the labelled training split, spread over languages and durations."""
-    micro_batch_tokens: int = Field(default=8192, ge=256)
-    """Tokens of one calibration batch."""
-
-
 class TrainConfig(Section):
     """The ``train:`` section: quantization-aware distillation."""
 
@@ -255,6 +243,8 @@ class ScoreConfig(Section):
     """Audio in one decoding batch, padding counted."""
     max_response_tokens: int = Field(default=448, ge=8)
     """Longest response."""
+    arithmetic: Literal["fake_quant", "int8"] = "fake_quant"
+    """How quantized systems compute: with quantized values in ``model.dtype``, as they were trained, or in integers."""
 
     @field_validator("systems")
     @classmethod
@@ -497,6 +487,7 @@ def _settings(section: type[Section], prefix: str) -> list[str]:
         text = getattr(kind, "__name__", "") if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
         text = text.replace("typing.", "").replace("NoneType", "None").replace("|", "or")
         text = re.sub(r"Optional\[(.*)\]", r"\1 or None", text)
+        text = re.sub(r"^Union\[(.*)\]$", r"\1", text)
         text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices.group(1).replace("'", "`"), text)
         default = "required" if field.is_required() else f"`{field.default!r}`"
         limits = ", ".join(str(rule) for rule in field.metadata)

@@ -5,7 +5,7 @@ labels just the utterances that were chosen. Anything else is work to do; nothin
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from qad_dist.runtime.record import model_fingerprint
 from qad_dist.text.accept import judge, judged_by
 from shards.errors import ShardError
 from shards.index import ShardEntry, UtteranceTable, read_index, read_utterances
-from shards.labelled import Labelled, read_labelled
+from shards.labelled import Answer, Labelled, read_labelled
 from shards.labels import LabelFile, LabelHeader, changes, label_path, read_label_file, second_path
 from shards.quarantine import check_damaged
 from shards.read import Damaged
@@ -201,8 +201,13 @@ class Labelling:
         return file
 
 
-def read_used_labels(run: RunConfig, split: str) -> Labelled:
+def read_used_labels(run: RunConfig, split: str, *, wanted: Callable[[Answer], bool] | None = None) -> Labelled:
     """What calibration and training use: the labelled utterances of a split that no filter has dropped.
+
+    Args:
+        run: The run.
+        split: ``train``, ``heldout`` or ``test``.
+        wanted: Answers that come in whatever the filters say; as in :func:`~shards.labelled.read_labelled`.
 
     Raises:
         ShardError: A label or verdict file is missing, damaged or of another shard; or nothing is left.
@@ -214,6 +219,7 @@ def read_used_labels(run: RunConfig, split: str) -> Labelled:
         verdicts=stored_verdicts,
         max_hours_per_language=run.label.max_hours_per_language,
         second_pass=run.label.second_pass != NONE,
+        wanted=wanted,
     )
 
 

@@ -119,13 +119,15 @@ class Responses:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Labelled:
     """The joined table, in index order."""
 
     rows: LabelledTable
     dropped: Counter[str]
     """Why utterances were left out, and how many: each counts once, for the first reason of its verdict."""
+    is_wanted: npt.NDArray[np.bool_]
+    """For each row, whether its answer is one that was asked for whatever its verdict."""
 
 
 class Answer(NamedTuple):
@@ -170,6 +172,7 @@ def read_labelled(
     verdicts: Verdicts,
     max_hours_per_language: float | None = None,
     second_pass: bool = False,
+    wanted: Callable[[Answer], bool] | None = None,
 ) -> Labelled:
     """Join the shards of a split with their label files, one shard at a time.
 
@@ -181,6 +184,7 @@ def read_labelled(
         max_hours_per_language: ``label.max_hours_per_language``: what lies beyond it needs no label.
         second_pass: Whether there is a second label file for each shard. Its label stands for the first one where it is
             good for more.
+        wanted: Answers that come into the table whatever their verdict, and are marked there; None for no such ones.
 
     Raises:
         ShardError: A label file is missing, damaged, of another shard, or lacks an utterance; or nothing is left.
@@ -189,7 +193,7 @@ def read_labelled(
     utterances = read_utterances(pack_folder, splits=[split])
     selected = select(utterances, max_hours_per_language)
     dropped = Counter({NOT_SELECTED: num_left}) if (num_left := int((~selected).sum())) else Counter[str]()
-    gathered = _Gathered()
+    gathered, marks = _Gathered(), list[bool]()
     for shard, begin, end in utterances.shards():
         if not selected[begin:end].any():
             continue
@@ -201,17 +205,23 @@ def read_labelled(
             if (answer := answers.get(str(key))) is None:
                 path = label_path(label_folder, shard)
                 raise ShardError(f"{path} must have a label for {key!r}, got none; delete it and label again")
-            if answer.verdict.use == NOTHING:
+            is_wanted = wanted is not None and wanted(answer)
+            if answer.verdict.use == NOTHING and not is_wanted:
                 dropped[answer.verdict.reasons[0]] += 1
             else:
                 kept.append((row, answer))
+                marks.append(is_wanted)
         gathered.add(kept)
     if not len(rows := gathered.rows()):
         raise ShardError(
             f"{label_folder} must hold usable labels of the split {split!r}, got 0 ({dict(dropped)}); "
             "see pack.splits, pack.holdout, label.splits and label.filters"
         )
-    return Labelled(rows=LabelledTable(utterances.take(rows), gathered.responses()), dropped=dropped)
+    return Labelled(
+        rows=LabelledTable(utterances.take(rows), gathered.responses()),
+        dropped=dropped,
+        is_wanted=np.array(marks, np.bool_),
+    )
 
 
 class _Gathered:

@@ -42,12 +42,17 @@ class DecoderStack(nn.Module):
 
     def forward(self, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> Tensor:
         """Run all layers; returns ``[N, D]`` before the final norm."""
-        hidden_1ND = hidden_ND.unsqueeze(0)
         for layer in self.layers:
-            hidden_1ND = layer(
-                hidden_1ND, position_embeddings=(cos_1NE, sin_1NE), attention_mask=None, segments=segments
-            )
-        return hidden_1ND.squeeze(0)
+            hidden_ND = run_layer(layer, hidden_ND, cos_1NE, sin_1NE, segments)
+        return hidden_ND
+
+
+def run_layer(layer: nn.Module, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> Tensor:
+    """One decoder layer on a packed row: ``[N, D]`` to ``[N, D]``."""
+    hidden_1ND = layer(
+        hidden_ND.unsqueeze(0), position_embeddings=(cos_1NE, sin_1NE), attention_mask=None, segments=segments
+    )
+    return hidden_1ND.squeeze(0)
 
 
 @torch.no_grad()

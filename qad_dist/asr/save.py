@@ -3,18 +3,21 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qad_dist.asr.checkpoint import HEAD, stored_shapes
 from qad_dist.asr.load import PROCESSOR_FILES
 from qad_dist.runtime.logs import prints_as_debug
-from shards.storage import atomic_folder
+from shards.storage import atomic_folder, write_json
 
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None:
+def save_checkpoint(
+    model: Any, folder: Path, *, base: Path, dtype: str, beside: Mapping[str, Any] | None = None
+) -> None:
     """Write ``model`` to ``folder``, whole or not at all, with a manifest of hashes.
 
     ``save_pretrained`` (which ModelOpt extends by its state file) writes the weights. What it writes beside them is
@@ -27,6 +30,7 @@ def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None
         folder: Replaced if it exists.
         base: The checkpoint that the model was made from.
         dtype: Of the weights, as the config shall say.
+        beside: Further JSON files of the folder: names and contents.
     """
     state = model.state_dict()
     if HEAD in stored_shapes(base):
@@ -48,3 +52,5 @@ def save_checkpoint(model: Any, folder: Path, *, base: Path, dtype: str) -> None
                 shutil.copyfile(base / name, temporary / name)
             else:
                 (temporary / name).unlink(missing_ok=True)
+        for name, content in (beside or {}).items():
+            write_json(temporary / name, content)

@@ -1,7 +1,8 @@
-"""SmoothQuant's scales, one per fold group, moved into the weights before the quantizer.
+"""Smoothing scales, one per fold group, moved into the weights before the quantizers.
 
-ModelOpt gives every Linear its own ``pre_quant_scale`` p, multiplied onto the input before it is quantized, and divides
-the weight's columns by it. Linears that read the same input must share p for it to move into whatever made that input:
+SmoothQuant divides the input of a Linear by a scale for each channel before it is quantized, and multiplies the
+weight's columns by it. Linears that read the same input must share it, for the division to move into whatever made that
+input:
 
 ========================  ======================================================
 group                     folds into
@@ -18,63 +19,81 @@ After folding no runtime multiply remains and the function of the layer in float
 Dimension key: C input channels, K key-value heads, G query heads of each, E head width.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MIN_SCALE, MAX_SCALE = 1e-4, 1e4
-"""ModelOpt's own limits for a pre_quant_scale."""
-SILENT_AMAX = 2.0**-31
-"""A channel whose activation never exceeds this is left alone."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldGroup:
+    """Linears of one decoder layer that read the same input."""
+
+    name: str
+    """``qkv``, ``o``, ``gate_up`` or ``down``."""
+    consumers: dict[str, Any]
+    """The Linears, by their names below the layer."""
+    producer: Any
+    """The norm, or the Linear, that makes their input."""
+    num_kv_heads: int | None = None
+    """Of ``o``: key-value heads, whose query heads share scales."""
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return next(iter(self.consumers.values())).in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(iter(self.consumers.values())).weight.device
+
+    def share(self, maxima_C: Tensor) -> Tensor:
+        """The largest of the channels that must have one scale, for each of them; else what came in."""
+        if self.num_kv_heads is None:
+            return maxima_C
+        maxima_KGE = maxima_C.view(self.num_kv_heads, -1, self.producer.out_features // self.num_kv_heads)
+        return maxima_KGE.amax(1, keepdim=True).expand_as(maxima_KGE).reshape(-1)
+
+    @torch.no_grad()
+    def fold(self, scale_C: Tensor) -> None:
+        """Divide the group's input by ``scale_C`` in what makes it, and multiply the columns that read it.
+
+        Args:
+            scale_C: Positive; equal where :meth:`share` makes it so. Float arithmetic stays the same up to rounding, or
+                exactly for powers of two.
+        """
+        for linear in self.consumers.values():
+            linear.weight.mul_(scale_C)
+        if self.num_kv_heads is not None:  # one value per row of v_proj: the first query head's stands for its group
+            head_dim = self.producer.out_features // self.num_kv_heads
+            scale_C = scale_C.view(self.num_kv_heads, -1, head_dim)[:, 0].flatten()
+        if isinstance(self.producer, nn.Linear):
+            self.producer.weight.div_(scale_C[:, None])
+            if self.producer.bias is not None:
+                self.producer.bias.div_(scale_C)
+        else:
+            self.producer.weight.div_(scale_C)
 
 
-@torch.no_grad()
-def fold_smoothing(layers: nn.ModuleList, *, alpha: float) -> None:
-    """Share the smoothing scales within each group and fold them away; the caller calibrates amax again afterwards.
-
-    Args:
-        layers: The decoder's layers, quantized by ModelOpt's ``smoothquant`` in float32.
-        alpha: The alpha it was smoothed with.
-    """
-    layer: Any
-    for layer in layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        # These two first: they scale rows of up_proj and v_proj, whose final weights the other groups look at.
-        _fold([mlp.down_proj], mlp.up_proj, alpha=alpha)
-        _fold([attention.o_proj], attention.v_proj, alpha=alpha, num_kv_heads=num_kv_heads)
-        _fold([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, alpha=alpha)
-        _fold([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, alpha=alpha)
-
-
-def _fold(consumers: Sequence[Any], producer: Any, *, alpha: float, num_kv_heads: int | None = None) -> None:
-    original_weights = [linear.weight * linear.input_quantizer.pre_quant_scale for linear in consumers]
-    weight_amax_C = torch.stack([weight.abs().amax(0) for weight in original_weights]).amax(0)
-    activations = [linear.input_quantizer._amax_for_smoothing.flatten() for linear in consumers]
-    activation_amax_C = torch.stack(activations).amax(0).to(weight_amax_C)
-    if num_kv_heads is not None:
-        weight_amax_C = _shared_by_query_heads(weight_amax_C, num_kv_heads, consumers[0].in_features, producer)
-        activation_amax_C = _shared_by_query_heads(activation_amax_C, num_kv_heads, consumers[0].in_features, producer)
-    scale_C = weight_amax_C.pow(1 - alpha) / activation_amax_C.pow(alpha)
-    scale_C = torch.where(activation_amax_C <= SILENT_AMAX, 1.0, scale_C).clamp(MIN_SCALE, MAX_SCALE)
-    for linear, weight in zip(consumers, original_weights, strict=True):
-        linear.weight.copy_(weight / scale_C)
-        quantizer = linear.input_quantizer
-        del quantizer._pre_quant_scale
-        quantizer._enable_pre_quant_scale = False
-    if num_kv_heads is not None:  # one value per row of v_proj: the first query head's stands for its group
-        scale_C = scale_C.view(num_kv_heads, -1, producer.out_features // num_kv_heads)[:, 0].flatten()
-    if isinstance(producer, nn.Linear):
-        producer.weight.mul_(scale_C[:, None])
-        if producer.bias is not None:
-            producer.bias.mul_(scale_C)
-    else:
-        producer.weight.mul_(scale_C)
-
-
-def _shared_by_query_heads(amax_C: Tensor, num_kv_heads: int, channels: int, v_proj: Any) -> Tensor:
-    head_dim = v_proj.out_features // num_kv_heads
-    amax_KGE = amax_C.view(num_kv_heads, channels // v_proj.out_features, head_dim)
-    return amax_KGE.amax(1, keepdim=True).expand_as(amax_KGE).reshape(-1)
+def fold_groups(layer: Any) -> list[FoldGroup]:
+    """The four groups of a decoder layer, in the order in which the layer computes them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    num_kv_heads = attention.k_proj.out_features // attention.head_dim
+    readers = {f"self_attn.{name}_proj": getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+    return [
+        FoldGroup(name="qkv", consumers=readers, producer=layer.input_layernorm),
+        FoldGroup(
+            name="o",
+            consumers={"self_attn.o_proj": attention.o_proj},
+            producer=attention.v_proj,
+            num_kv_heads=num_kv_heads,
+        ),
+        FoldGroup(
+            name="gate_up",
+            consumers={"mlp.gate_proj": mlp.gate_proj, "mlp.up_proj": mlp.up_proj},
+            producer=layer.post_attention_layernorm,
+        ),
+        FoldGroup(name="down", consumers={"mlp.down_proj": mlp.down_proj}, producer=mlp.up_proj),
+    ]

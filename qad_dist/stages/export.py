@@ -13,13 +13,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from qad_dist.asr.load import AsrModel, load_model, state_hash
+from qad_dist.asr.collate import Example, collate
+from qad_dist.asr.decoder import DecoderStack, embed, response_states
+from qad_dist.asr.load import AsrModel, state_hash
 from qad_dist.asr.mel import log_mels
 from qad_dist.asr.reference import load_with_qwen_asr, transcribe_with_qwen_asr
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
-from qad_dist.quant.state import check_quantizers, enable_checkpointing, quantizer_hash
+from qad_dist.formats import FORMATS
+from qad_dist.head import FrozenHead
+from qad_dist.pairing import load_student
+from qad_dist.quant.fake_quant import without_backend
+from qad_dist.quant.int8 import use_int8
+from qad_dist.quant.state import (
+    QUANTIZATION,
+    Quantization,
+    check_quantizers,
+    enable_checkpointing,
+    quantizer_hash,
+    read_quantization,
+)
 from qad_dist.runtime.reading import open_shards
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import current_world, device_for
@@ -70,7 +84,7 @@ def verify(run: RunConfig) -> None:
     """Check an export again: its hashes, then the comparison with the student in a fresh process."""
     require_stage(run, "train")
     verify_manifest(export_folder(run))
-    _check(run, _answers(_load_student(run), run, _utterances(run)), export_folder(run))
+    _check(run, _answers(*_load_trained(run), run, _utterances(run)), export_folder(run))
 
 
 def dry_run(run: RunConfig) -> None:
@@ -89,26 +103,22 @@ def _dtype(run: RunConfig) -> str:
 
 def _write(run: RunConfig, folder: Path) -> dict[str, Any]:
     """Write the student to ``folder``; what it answers is all that stays of it in memory."""
-    student = _load_student(run)
-    save_checkpoint(student.model, folder, base=student.folder, dtype=_dtype(run))
-    return _answers(student, run, _utterances(run))
+    student, quantization = _load_trained(run)
+    with without_backend(student.model):
+        save_checkpoint(
+            student.model,
+            folder,
+            base=student.folder,
+            dtype=_dtype(run),
+            beside={QUANTIZATION: quantization.as_json()},
+        )
+    return _answers(student, quantization, run, _utterances(run))
 
 
-def _load_student(run: RunConfig) -> AsrModel:
+def _load_trained(run: RunConfig) -> tuple[AsrModel, Quantization]:
     folder = run.stage_folder("train") / STUDENT
     verify_manifest(folder)
-    enable_checkpointing()
-    return _load(run, folder)
-
-
-def _load(run: RunConfig, folder: Path) -> AsrModel:
-    return load_model(
-        folder,
-        dtype=_dtype(run),
-        audio_attention=run.model.audio_attention,
-        device=device_for(current_world()),
-        quantized=True,
-    )
+    return load_student(run, folder, device_for(current_world()), dtype=_dtype(run))
 
 
 def _utterances(run: RunConfig) -> list[Utterance]:
@@ -144,14 +154,15 @@ def _check(run: RunConfig, expected: dict[str, Any], folder: Path) -> dict[str, 
             raise _differs(folder, f"log-probabilities of {key}", f"got some {apart:.3g} apart")
     count = len(expected["answers"])
     log.info(
-        "event=verified path=%s quantizers=%d equal_transcripts=%d/%d qwen_asr=%r",
-        *(folder, found["quantizers"], count, count, found["qwen_asr_text"]),
+        "event=verified path=%s quantizers=%d equal_transcripts=%d/%d int8=%s qwen_asr=%r",
+        *(folder, found["quantizers"], count, count, found["int8"], found["qwen_asr_text"]),
     )
     return {
         "quantizers": found["quantizers"],
         "quantizer_sha256": found["quantizer_sha256"],
         "state_sha256": found["state_sha256"],
         "equal_transcripts": count,
+        "int8": found["int8"],
         "dtype": _dtype(run),
         "audio_attention": run.model.audio_attention,
     }
@@ -192,7 +203,9 @@ def _in_fresh_process(run: RunConfig, folder: Path, keys: list[str]) -> dict[str
         return json.loads(answer.read_text())
 
 
-def _answers(model: AsrModel, run: RunConfig, utterances: list[Utterance]) -> dict[str, Any]:
+def _answers(
+    model: AsrModel, quantization: Quantization, run: RunConfig, utterances: list[Utterance]
+) -> dict[str, Any]:
     """What a model is and what it says: its weights and quantizers, tokens and log-probabilities.
 
     Raises:
@@ -207,7 +220,7 @@ def _answers(model: AsrModel, run: RunConfig, utterances: list[Utterance]) -> di
                 "train again from an earlier checkpoint"
             )
     return {
-        "quantizers": check_quantizers(model.model, num_layers=len(model.decoder.layers)),
+        "quantizers": check_quantizers(model.model, quantization),
         "quantizer_sha256": quantizer_hash(model.model),
         "state_sha256": state_hash(model.model),
         "answers": [
@@ -232,7 +245,9 @@ def describe_export(request_path: str, answer_path: str) -> None:
     enable_checkpointing()
     (longest,) = open_shards(run).read(utterances[-1:])
     theirs = _described_by_qwen_asr(run, folder, longest)
-    answers = {**_answers(_load(run, folder), run, utterances), **theirs}
+    model, quantization = load_student(run, folder, device_for(current_world()), dtype=_dtype(run))
+    ours = _answers(model, quantization, run, utterances)
+    answers = {**ours, **theirs, "int8": _in_integers(model, quantization, run, utterances, ours["answers"])}
     Path(answer_path).write_text(json.dumps(answers))
 
 
@@ -246,8 +261,38 @@ def _described_by_qwen_asr(run: RunConfig, folder: Path, audio_A: np.ndarray) ->
     text, _ = transcribe_with_qwen_asr(user_model, audio_A)
     return {
         "qwen_asr_text": text,
-        "qwen_asr_quantizers": check_quantizers(
-            user_model.model, num_layers=len(user_model.model.thinker.model.layers)
-        ),
+        "qwen_asr_quantizers": check_quantizers(user_model.model, read_quantization(folder)),
         "qwen_asr_state_sha256": state_hash(user_model.model),
+    }
+
+
+@torch.no_grad()
+def _in_integers(
+    model: AsrModel, quantization: Quantization, run: RunConfig, utterances: list[Utterance], answers: list[Any]
+) -> dict[str, Any] | None:
+    """What changes when the Linears compute in integers, as a server does; None for formats that this project cannot.
+
+    Its Linears are replaced, so this comes last.
+    """
+    recipe = FORMATS[quantization.format]
+    if recipe.is_float or recipe.weight_scales != "channel" or recipe.input_scales == "none":
+        return None
+    mels = log_mels(open_shards(run).read(utterances), model.extractor)
+    examples = [
+        Example(key=key, mel_MF=mel_MF, response_ids=ids) for (key, ids, _), mel_MF in zip(answers, mels, strict=True)
+    ]
+    batch = collate(examples, prompt=model.prompt).to(model.device)
+    embedded, head = embed(model, batch), FrozenHead(model.head_weight_VD)
+    logits = []
+    for is_int8 in (False, True):
+        if is_int8:
+            use_int8(model.decoder)
+        states_RD = response_states(DecoderStack(model.decoder.layers), embedded, model.decoder.norm)
+        logits.append(head(states_RD))
+    hypotheses = transcribe(model, mels, max_response_tokens=MAX_RESPONSE_TOKENS)
+    equal = [list(h.token_ids) == ids for h, (_, ids, _) in zip(hypotheses, answers, strict=True)]
+    return {
+        "largest_logit_difference": float((logits[0] - logits[1]).abs().max()),
+        "largest_logit": float(logits[0].abs().max()),
+        "equal_transcripts": sum(equal),
     }

@@ -1,122 +1,242 @@
-"""quantize: the teacher with INT8 SmoothQuant in its decoder, calibrated on audio in the real prompt."""
+"""quantize: the teacher with a decoder in fewer bits, calibrated on audio in the real prompt and measured."""
 
+import ctypes
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 
-from qad_dist.asr.dataset import LabelledSet, languages_of
-from qad_dist.asr.decoder import DecoderStack, embed
 from qad_dist.asr.load import AsrModel, load_teacher
+from qad_dist.asr.made_clips import make_clips
 from qad_dist.asr.save import save_checkpoint
+from qad_dist.calibration import CalibrationData
+from qad_dist.calibration_set import CalibrationSet, choose_calibration
 from qad_dist.config import RunConfig
-from qad_dist.labelling import read_used_labels
-from qad_dist.quant.calibrate import quantize_decoder
-from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
+from qad_dist.formats import FORMATS, FormatName
+from qad_dist.heldout import HeldOut
+from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup, cast_parameters
+from qad_dist.quant.fake_quant import use_fast_fake_quant, without_backend
+from qad_dist.quant.high_precision import LinearSwitch, keep_fewest
+from qad_dist.quant.sensitivity import LinearSensitivity, as_json, groups_by_kl, measure_sensitivity
+from qad_dist.quant.state import (
+    QUANTIZATION,
+    Quantization,
+    check_quantizers,
+    enable_checkpointing,
+    keep_in_high_precision,
+    linears_matching,
+    quantizer_hash,
+    served_bytes,
+)
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
 from qad_dist.runtime.world import World, check_enough_work, device_for, joined_world
+from qad_dist.text.comparison import Measured, compare_formats, comparison_markdown, comparison_summary
+from qad_dist.text.sensitivity_picture import draw_sensitivity
+from qad_dist.text.sensitivity_table import sensitivity_markdown, sensitivity_summary
 from shards.errors import ModelError
-from shards.labelled import LabelledTable
-from shards.plan import plan_epoch
-from shards.schema import TRAIN
+from shards.storage import atomic_write, write_json
+from shards.workers import Reader
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 3600
 
+CHUNKS_AT_ONCE = 32
+"""Seconds of audio that the tower's convolutions take at once: in float32 100 MB behind the first one, by the
+checkpoint's own 500 chunks 3 GB. The results are the same."""
+
 
 def run(run: RunConfig) -> None:
-    """Quantize the teacher's decoder and write ``<run>/quantize/student``.
+    """Quantize the teacher's decoder, write ``<run>/quantize/student`` and what is to be said about it.
 
     Raises:
-        QadError: Labels are missing, the model cannot be loaded, or a quantizer saw no data.
+        QadError: Labels are missing, the model cannot be loaded, a quantizer saw no data, or ``quantize.kl_budget`` is
+            out of reach.
     """
     with joined_world(TIMEOUT_SECONDS) as world:
         require_stage(run, "label")
         # Rank 0 alone reads all labels; the others get what it chose.
-        rows = run_on_main(lambda: calibration_rows(run))
-        check_enough_work(world, len(rows), stage="quantize")
+        chosen = run_on_main(lambda: choose_calibration(run))
+        check_enough_work(world, len(chosen.rows), stage="quantize")
         run_on_main(lambda: begin_stage(run, "quantize"))
         enable_checkpointing()
-        student = load_teacher(run.model, device_for(world), dtype="float32")
         with open_reader(run) as reader:
-            prompt = student.prompt.with_context(run.label.context)
-            dataset = LabelledSet(rows, reader=reader, prompt=prompt, extractor=student.extractor)
-            calibrate(run, student, dataset, world)
-        digest = _equal_on_all_ranks(quantizer_hash(student.model))
-        run_on_main(lambda: _write(run, student, dataset, digest))
+            results = _quantize(run, chosen, reader, world)
+        run_on_main(lambda: finish_stage(run, "quantize", results=results))
 
 
 def dry_run(run: RunConfig) -> None:
     """Say what would be calibrated on."""
-    rows = calibration_rows(run)
-    seconds = rows.utterances.numbers("duration_seconds").sum()
-    log.info("event=dry_run stage=quantize calibration_utterances=%d audio_hours=%.3f", len(rows), seconds / 3600)
-
-
-def calibration_rows(run: RunConfig) -> LabelledTable:
-    """``quantize.calibration_utterances`` of the labelled training split, spread over languages and durations.
-
-    Languages take turns; within a language the utterances are sorted by duration and taken at equal distances, so that
-    the shortest and the longest are among them.
-    """
-    rows = read_used_labels(run, TRAIN).rows
-    by_duration = np.argsort(rows.utterances.numbers("duration_seconds"), kind="stable")
-    codes, names = languages_of(rows, detected_first=False)
-    quotas = share_out(run.quantize.calibration_utterances, np.bincount(codes, minlength=len(names)).tolist())
-    chosen: list[int] = []
-    for code, quota in enumerate(quotas):
-        ordered = by_duration[codes[by_duration] == code]
-        chosen += ordered[np.linspace(0, len(ordered) - 1, quota).round().astype(int)].tolist()
-    return rows.take(chosen)
-
-
-def share_out(total: int, available: Sequence[int]) -> list[int]:
-    """Split ``total`` as evenly as ``available`` allows; what a small group cannot give, the larger ones do. Pure."""
-    quotas = [0] * len(available)
-    left = min(total, sum(available))
-    while left:
-        open_groups = [i for i, size in enumerate(available) if quotas[i] < size]
-        each = max(1, left // len(open_groups))
-        for i in open_groups:
-            take = min(each, available[i] - quotas[i], left)
-            quotas[i] += take
-            left -= take
-    return quotas
-
-
-def calibrate(run: RunConfig, student: AsrModel, dataset: LabelledSet, world: World) -> None:
-    """Run this rank's share of the calibration set through the quantized decoder, as often as ModelOpt asks."""
-    steps = plan_epoch(
-        dataset.num_tokens,
-        seed=run.seed,
-        epoch=0,
-        token_budget=max(run.quantize.micro_batch_tokens, int(dataset.num_tokens.max())),
-        micro_batches_per_step=1,
+    chosen = choose_calibration(run)
+    seconds = chosen.rows.utterances.numbers("duration_seconds").sum()
+    log.info(
+        "event=dry_run stage=quantize format=%s calibration_utterances=%d audio_hours=%.3f",
+        *(run.quantize.format, len(chosen.rows), seconds / 3600),
     )
-    own = [step[0] for step in steps][world.rank :: world.world_size]
-    if not own:  # fewer batches than ranks: seeing a batch twice does not change a maximum
-        own = [steps[0][0]]
-    stack = DecoderStack(student.decoder.layers)
 
-    @torch.no_grad()
-    def forward_loop() -> None:
-        for host_batch in dataset.batches(own):
-            batch = host_batch.to(student.device)
-            if batch.audio_positions_P.numel() == 0:
-                raise ModelError("calibration batches must hold audio positions, got none; the prompt is broken")
-            embedded = embed(student, batch)
-            stack(embedded.hidden_ND, embedded.cos_1NE, embedded.sin_1NE, embedded.segments)
 
-    quantize_decoder(
-        student.model,
-        student.decoder.layers,
-        forward_loop,
-        alpha=run.quantize.alpha,
-        dtype=getattr(torch, run.model.dtype),
+def _quantize(run: RunConfig, chosen: CalibrationSet, reader: Reader, world: World) -> dict[str, Any]:
+    """Everything that is written; returns what the stage's record says."""
+    data = _calibration_data(run, chosen, reader, world)
+    heldout, measured, results = _make_student(run, data, reader, world)
+    compared = {run.quantize.format: measured}
+    for name in run.quantize.compare:
+        if name not in compared:
+            log.info("event=compare format=%s", name)
+            compared[name] = _measure(_calibrate(run, name, data, world)[0], heldout)
+    run_on_main(lambda: _write_comparison(run, compared))
+    return {
+        "calibration_utterances": len(chosen.rows),
+        "calibration_audio_seconds": float(chosen.rows.utterances.numbers("duration_seconds").sum()),
+        "calibration_silent": chosen.num_silent,
+        "calibration_long": chosen.num_long,
+        "made_clips": data.num_made,
+        **results,
+    }
+
+
+def _make_student(
+    run: RunConfig, data: CalibrationData, reader: Reader, world: World
+) -> tuple[HeldOut, Measured, dict[str, Any]]:
+    """Write the student, and what each of its Linears costs.
+
+    The teacher is loaded when calibration is done: only then is the student no longer float32.
+    """
+    student, calibration, smoothed = _calibrate(run, run.quantize.format, data, world)
+    teacher = _load(run, world)
+    heldout = HeldOut(run, teacher, reader, world, max_utterances=run.quantize.evaluate_utterances)
+    _release_freed_memory()
+    explained, overall = _explain(run, teacher, student, calibration, smoothed, reader, world)
+    quantization = _keep(run, student, calibration, heldout, explained)
+    digest = _equal_on_all_ranks(quantizer_hash(student.model))
+    measured = _measure(student, heldout)
+    run_on_main(lambda: _write(run, student, quantization))
+    if explained:
+        run_on_main(lambda: _write_sensitivity(run, as_json(explained, kept=quantization.kept, **overall)))
+    results = {
+        "format": quantization.format,
+        "kept": list(quantization.kept),
+        "quantizers": check_quantizers(student.model, quantization),
+        "quantizer_sha256": digest,
+        "alpha": {f"layers.{number}.{name}": one.choice.alpha for (number, name), one in smoothed.items()},
+        "kept_share": {f"layers.{number}.{name}": one.choice.kept_share for (number, name), one in smoothed.items()},
+        "heldout_kl": float(measured.kl_U.sum() / measured.tokens_U.sum()),
+        "served_bytes": measured.served_bytes,
+    }
+    path = run.stage_folder("quantize") / STUDENT
+    log.info("event=student format=%s quantizers=%d path=%s", quantization.format, results["quantizers"], path)
+    return heldout, measured, results
+
+
+def _calibration_data(run: RunConfig, chosen: CalibrationSet, reader: Reader, world: World) -> CalibrationData:
+    """With the clips that are made, which the teacher answers in float32 as it is calibrated."""
+    silent, long = (chosen.missing_silent, chosen.missing_long) if run.quantize.make_clips else (0, 0)
+    teacher = _load(run, world, in_float32=True)
+    made = make_clips(teacher, chosen.joinable, reader=reader, silent=silent, long=long, settings=run.label)
+    log.info(
+        "event=calibration utterances=%d search=%d languages=%d silent=%d long=%d made_silent=%d made_long=%d",
+        *(len(chosen.rows), int(chosen.is_search.sum()), chosen.num_languages, chosen.num_silent, chosen.num_long),
+        *(silent, long),
+    )
+    return CalibrationData(run, chosen, made, reader, world)
+
+
+def _calibrate(
+    run: RunConfig, name: FormatName, data: CalibrationData, world: World
+) -> tuple[AsrModel, Calibration, dict[GroupKey, SmoothedGroup]]:
+    """A student of one format; the run's own settings, but those that other formats have no use for."""
+    _release_freed_memory()
+    student = _load(run, world, in_float32=True)
+    section = run.quantize
+    if name != section.format:
+        clip = section.clip if FORMATS[name].input_scales == "tensor" else "none"
+        section = section.model_copy(update={"format": name, "clip": clip})
+    calibration = Calibration(student.model, student.decoder.layers, section, data.source(student))
+    use_fast_fake_quant(student.model)
+    smoothed = calibration.run(getattr(torch, run.model.dtype))
+    _release_freed_memory()
+    log.info("event=calibrated format=%s", name)
+    return student, calibration, smoothed
+
+
+def _load(run: RunConfig, world: World, *, in_float32: bool = False) -> AsrModel:
+    """The teacher of the run, computing in ``model.dtype`` or, with the same weights, in float32.
+
+    These are cast one by one as they lie in the mapped file. Loaded as float32 there would be two heads for a while,
+    beside all of the file: 1 GB more of Qwen3-ASR-0.6B.
+    """
+    teacher = load_teacher(run.model, device_for(world))
+    teacher.audio_tower.conv_chunksize = min(CHUNKS_AT_ONCE, teacher.audio_tower.conv_chunksize)
+    if in_float32:
+        cast_parameters(teacher.model, torch.float32)
+    return teacher
+
+
+def _release_freed_memory() -> None:
+    """Give the system what the C library keeps of freed weights: gigabytes, in pieces too small for activations."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's alone
+        libc.malloc_trim(0)
+
+
+def _explain(
+    run: RunConfig,
+    teacher: AsrModel,
+    student: AsrModel,
+    calibration: Calibration,
+    smoothed: Mapping[GroupKey, SmoothedGroup],
+    reader: Reader,
+    world: World,
+) -> tuple[list[LinearSensitivity], dict[str, float]]:
+    """What each Linear costs alone, and all or none of them on the same utterances; nothing if nobody asked."""
+    if not run.quantize.sensitivity_utterances:
+        return [], {}
+    few = HeldOut(run, teacher, reader, world, max_utterances=run.quantize.sensitivity_utterances)
+    layers, exact = student.decoder.layers, calibration.exact
+    overall = {"kl_per_token": few.distances(layers).kl_per_token}
+    switch = LinearSwitch(layers, exact=exact)
+    switch.switch_all(on=False)
+    overall["kl_unquantized"] = few.distances(layers).kl_per_token
+    switch.switch_all(on=True)
+    return measure_sensitivity(layers, few.batches, kl=few.kl, smoothed=smoothed, exact=exact), overall
+
+
+def _keep(
+    run: RunConfig,
+    student: AsrModel,
+    calibration: Calibration,
+    heldout: HeldOut,
+    explained: list[LinearSensitivity],
+) -> Quantization:
+    """Leave out what ``quantize.keep_high_precision`` says, and tell what is left."""
+    layers = student.decoder.layers
+    wanted, budget = run.quantize.keep_high_precision, run.quantize.kl_budget
+    if wanted == "auto":
+        assert budget is not None  # the section says so
+        kept = keep_fewest(
+            layers,
+            groups_by_kl(explained),
+            evaluate=lambda: heldout.distances(layers).kl_per_token,
+            budget=budget,
+            exact=calibration.exact,
+        )
+    else:
+        kept = linears_matching(wanted, num_layers=len(layers))
+    keep_in_high_precision(layers, kept, exact=calibration.exact)
+    return Quantization(format=run.quantize.format, num_layers=len(layers), kept=tuple(sorted(kept)))
+
+
+def _measure(student: AsrModel, heldout: HeldOut) -> Measured:
+    found = heldout.distances(student.decoder.layers)
+    return Measured(
+        kl_U=found.kl_U,
+        agreements_U=found.agreements_U,
+        tokens_U=found.tokens_U,
+        served_bytes=served_bytes(student.model),
     )
 
 
@@ -127,17 +247,32 @@ def _equal_on_all_ranks(digest: str) -> str:
     return digest
 
 
-def _write(run: RunConfig, student: AsrModel, dataset: LabelledSet, digest: str) -> None:
-    num_layers = len(student.decoder.layers)
-    folder = run.stage_folder("quantize") / STUDENT
-    save_checkpoint(student.model, folder, base=student.folder, dtype=run.model.dtype)
-    results = {
-        "quantizers": check_quantizers(student.model, num_layers=num_layers),
-        "quantizer_sha256": digest,
-        "calibration_utterances": len(dataset.rows),
-        "calibration_audio_seconds": float(dataset.seconds.sum()),
-        "calibration_tokens": int(dataset.num_tokens.sum()),
-        "int8_bytes": int8_bytes(student.model),
-    }
-    finish_stage(run, "quantize", results=results)
-    log.info("event=finished stage=quantize path=%s quantizers=%d", folder, results["quantizers"])
+def _write(run: RunConfig, student: AsrModel, quantization: Quantization) -> None:
+    with without_backend(student.model):
+        save_checkpoint(
+            student.model,
+            run.stage_folder("quantize") / STUDENT,
+            base=student.folder,
+            dtype=run.model.dtype,
+            beside={QUANTIZATION: quantization.as_json()},
+        )
+
+
+def _write_sensitivity(run: RunConfig, sensitivity: dict[str, Any]) -> None:
+    folder = run.stage_folder("quantize")
+    write_json(folder / "sensitivity.json", sensitivity)
+    with atomic_write(folder / "sensitivity.md") as file:
+        file.write(sensitivity_markdown(sensitivity).encode())
+    draw_sensitivity(sensitivity, folder / "sensitivity.png")
+    sys.stdout.write(sensitivity_summary(sensitivity))
+    sys.stdout.flush()
+
+
+def _write_comparison(run: RunConfig, measured: Mapping[str, Measured]) -> None:
+    folder = run.stage_folder("quantize")
+    comparison = compare_formats(measured, chosen=run.quantize.format)
+    write_json(folder / "comparison.json", comparison)
+    with atomic_write(folder / "comparison.md") as file:
+        file.write(comparison_markdown(comparison).encode())
+    sys.stdout.write(comparison_summary(comparison))
+    sys.stdout.flush()

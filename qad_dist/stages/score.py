@@ -19,7 +19,16 @@ from qad_dist.asr.load import MODELOPT_STATE, AsrModel, load_model, load_teacher
 from qad_dist.asr.transcribe import Hypothesis, transcribe
 from qad_dist.config import RunConfig
 from qad_dist.distill.loss import row_metrics
-from qad_dist.quant.state import enable_checkpointing, fold_weights, int8_bytes
+from qad_dist.quant.fake_quant import use_fast_fake_quant
+from qad_dist.quant.int8 import use_int8
+from qad_dist.quant.state import (
+    QUANTIZATION,
+    check_quantizers,
+    enable_checkpointing,
+    fold_weights,
+    read_quantization,
+    served_bytes,
+)
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
@@ -117,8 +126,8 @@ def _score_systems(
     systems = {"teacher": _described(teacher.folder, None, utterances, answers, answers)}
     run_on_main(lambda: _write_predictions(run, "teacher", utterances, answers))
     for name, folder in folders.items():
-        num_int8_bytes, outcomes = _score_student(run, name, folder, (teacher, answers), utterances, reader, world)
-        systems[name] = _described(folder, num_int8_bytes, utterances, outcomes, answers)
+        num_served_bytes, outcomes = _score_student(run, name, folder, (teacher, answers), utterances, reader, world)
+        systems[name] = _described(folder, num_served_bytes, utterances, outcomes, answers)
         run_on_main(lambda name=name, outcomes=outcomes: _write_predictions(run, name, utterances, outcomes))
     return systems
 
@@ -141,10 +150,17 @@ def _score_student(
         device=device_for(world),
         quantized=is_quantized,
     )
-    # Before folding: it drops the weight quantizers, by which INT8 tensors are known.
-    num_int8_bytes = int8_bytes(system.model) if is_quantized else None
-    fold_weights(system.model)
-    return num_int8_bytes, _score_system(run, name, system, teacher, utterances, reader, world)
+    if (folder / QUANTIZATION).is_file():
+        check_quantizers(system.model, read_quantization(folder))
+    # Before folding: it drops the weight quantizers, by which quantized tensors are known.
+    num_served_bytes = served_bytes(system.model) if is_quantized else None
+    if is_quantized and run.score.arithmetic == "int8":
+        log.info("event=int8 system=%s linears=%d", name, use_int8(system.decoder))
+    else:
+        if is_quantized:
+            use_fast_fake_quant(system.model)
+        fold_weights(system.model)
+    return num_served_bytes, _score_system(run, name, system, teacher, utterances, reader, world)
 
 
 def _score_system(
@@ -216,7 +232,7 @@ def _distances(
 
 def _described(
     folder: Path,
-    num_int8_bytes: int | None,
+    num_served_bytes: int | None,
     utterances: Sequence[Utterance],
     outcomes: list[Outcome],
     answers: list[Outcome],
@@ -237,7 +253,7 @@ def _described(
     return {
         "path": str(folder),
         "disk_bytes": folder_bytes(folder, suffixes=(".safetensors", MODELOPT_STATE)),
-        "int8_bytes": num_int8_bytes,
+        "served_bytes": num_served_bytes,
         "overall": overall,
         "languages": by_language,
     }

@@ -3,16 +3,14 @@
 import logging
 import math
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from qad_dist.asr.dataset import LabelledSet, OnDamaged, PlannedBatches, languages_of, refuse
-from qad_dist.asr.decoder import DecoderStack, embed, response_states
-from qad_dist.asr.load import AsrModel, load_model, load_teacher
+from qad_dist.asr.dataset import LabelledSet, PlannedBatches, languages_of
+from qad_dist.asr.decoder import DecoderStack
+from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.save import save_checkpoint
-from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
 from qad_dist.distill.checkpoint import (
     BEST,
@@ -25,10 +23,12 @@ from qad_dist.distill.checkpoint import (
 from qad_dist.distill.evaluate import Evaluation, evaluate
 from qad_dist.distill.loop import Hooks, train
 from qad_dist.distill.metrics import MetricsFile
-from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable, parameter_groups
+from qad_dist.heldout import heldout_batches, heldout_set
 from qad_dist.labelling import read_used_labels
-from qad_dist.quant.state import check_quantizers, enable_checkpointing, int8_bytes, quantizer_hash
+from qad_dist.pairing import join_models, load_student
+from qad_dist.quant.fake_quant import without_backend
+from qad_dist.quant.state import QUANTIZATION, Quantization, quantizer_hash, served_bytes
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.quarantine import QUARANTINE, open_quarantine
@@ -38,7 +38,7 @@ from qad_dist.runtime.world import World, check_enough_work, check_micro_batches
 from qad_dist.runtime.zero import read_deepspeed_settings
 from shards.errors import CheckpointError, ModelError
 from shards.mixture import Mixture
-from shards.plan import Plan, plan_epoch, share_of_rank
+from shards.plan import Plan
 from shards.schema import HELDOUT, TRAIN
 from shards.storage import fingerprint, read_json, settle_interrupted, verify_manifest
 from shards.workers import Reader
@@ -59,11 +59,12 @@ def run(run: RunConfig) -> None:
     with joined_world(TIMEOUT_SECONDS) as world:
         check_micro_batches(world, run.train.micro_batches_per_step)
         quantized = require_stage(run, "quantize")
-        run_on_main(lambda: verify_manifest(run.stage_folder("quantize") / STUDENT))
+        ptq_folder = run.stage_folder("quantize") / STUDENT
+        run_on_main(lambda: verify_manifest(ptq_folder))
         # Models first: under ZeRO-3 every from_pretrained after the engine's plugin exists would be partitioned.
         teacher = load_teacher(run.model, device_for(world))
-        student = _load_student(run, device_for(world))
-        base = _load_student(run, torch.device("cpu")) if world.is_main else None
+        student, quantization = load_student(run, ptq_folder, device_for(world))
+        base = load_student(run, ptq_folder, torch.device("cpu"))[0] if world.is_main else None
         _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
         _share_frozen_parts(teacher, student)
         with open_reader(run) as reader:
@@ -85,7 +86,7 @@ def run(run: RunConfig) -> None:
             )
             _check_quantizer_hash(student, quantized["results"]["quantizer_sha256"])
             state, num_quarantined = _distil(run, engine, teacher, student, plan, training, heldout, state, world)
-        run_on_main(lambda: _write(run, base, state, num_quarantined))
+        run_on_main(lambda: _write(run, base, quantization, state, num_quarantined))
         engine.close()
 
 
@@ -107,37 +108,6 @@ def make_optimizer(run: RunConfig, module: torch.nn.Module) -> torch.optim.Optim
         betas=(run.train.beta1, run.train.beta2),
         fused=torch.cuda.is_available(),
     )
-
-
-def join_models(teacher: AsrModel, student: AsrModel, student_stack: Any) -> TeacherAndStudent:
-    """Put the two models behind the callables that ``distill`` knows.
-
-    Args:
-        teacher: Its audio tower, embeddings, final norm and head serve both.
-        student: Only its layers are used.
-        student_stack: A :class:`DecoderStack` of the student's layers, or the engine around one.
-    """
-    teacher_stack, norm = DecoderStack(teacher.decoder.layers), teacher.decoder.norm
-    return TeacherAndStudent(
-        embed=lambda batch: embed(teacher, batch),
-        teacher_states=lambda embedded: response_states(teacher_stack, embedded, norm),
-        student_states=lambda embedded: response_states(student_stack, embedded, norm),
-        head_VD=teacher.head_weight_VD,
-        device=teacher.device,
-    )
-
-
-def _load_student(run: RunConfig, device: torch.device) -> AsrModel:
-    enable_checkpointing()
-    student = load_model(
-        run.stage_folder("quantize") / STUDENT,
-        dtype=run.model.dtype,
-        audio_attention=run.model.audio_attention,
-        device=device,
-        quantized=True,
-    )
-    check_quantizers(student.model, num_layers=len(student.decoder.layers))
-    return student
 
 
 def _check_quantizer_hash(student: AsrModel, expected: str) -> None:
@@ -171,22 +141,16 @@ def _share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
 
 
 def _labelled_sets(run: RunConfig, teacher: AsrModel, reader: Reader) -> tuple[LabelledSet, LabelledSet]:
-    sets = []
-    for split in (TRAIN, HELDOUT):
-        labelled = read_used_labels(run, split)
-        rows = labelled.rows
-        if split == HELDOUT:  # at equal distances: all languages and shards stay in
-            stride = math.ceil(len(rows) / run.train.evaluate_utterances)
-            rows = rows[::stride]
-        prompt = teacher.prompt.with_context(run.label.context)
-        dataset = LabelledSet(rows, reader=reader, prompt=prompt, extractor=teacher.extractor)
+    labelled = read_used_labels(run, TRAIN)
+    prompt = teacher.prompt.with_context(run.label.context)
+    training = LabelledSet(labelled.rows, reader=reader, prompt=prompt, extractor=teacher.extractor)
+    heldout, held = heldout_set(run, teacher, reader, max_utterances=run.train.evaluate_utterances)
+    for split, dataset, dropped in ((TRAIN, training, labelled.dropped), (HELDOUT, heldout, held.dropped)):
         log.info(
             "event=dataset split=%s utterances=%d audio_hours=%.3f tokens=%d dropped=%s",
-            *(split, len(rows), dataset.seconds.sum() / 3600, dataset.num_tokens.sum()),
-            dict(labelled.dropped),
+            *(split, len(dataset.rows), dataset.seconds.sum() / 3600, dataset.num_tokens.sum(), dict(dropped)),
         )
-        sets.append(dataset)
-    return sets[0], sets[1]
+    return training, heldout
 
 
 def _initial_state(
@@ -249,7 +213,8 @@ def _distil(
         run_on_main(lambda: save_best(folder / BEST, weights, step=step, kl_per_token=evaluation.kl_per_token))
 
     def evaluate_student() -> Evaluation:
-        batches = heldout_batches(heldout, run, world, on_damaged=quarantine.add)
+        budget = run.train.micro_batch_tokens
+        batches = heldout_batches(heldout, run, world, token_budget=budget, on_damaged=quarantine.add)
         return evaluate(models, batches, chunk_rows=run.train.loss_chunk_rows)
 
     hooks = Hooks(evaluate=evaluate_student, keep_best=keep_best, write=write, count_quarantined=quarantine.count)
@@ -291,31 +256,15 @@ def _begin(run: RunConfig, checkpoints: Checkpoints, state: TrainingState) -> Tr
     return checkpoints.make_agree(state, is_sent_back=run.train.resume != "auto")
 
 
-def heldout_batches(
-    heldout: LabelledSet, run: RunConfig, world: World, *, on_damaged: OnDamaged = refuse
-) -> Iterator[tuple[int, Batch]]:
-    """This rank's held-out micro-batches with their numbers; -1 for one that only keeps the ranks together."""
-    steps = plan_epoch(
-        heldout.num_tokens,
-        seed=run.seed,
-        epoch=0,
-        token_budget=run.train.micro_batch_tokens,
-        micro_batches_per_step=1,
-    )
-    numbered = [[number] for number in range(len(steps))]
-    share = share_of_rank(numbered, rank=world.rank, world_size=world.world_size)
-    numbers = [number[0] if number else -1 for number in share]
-    chosen = [steps[max(0, number)][0] for number in numbers]
-    yield from zip(numbers, heldout.batches(chosen, on_damaged=on_damaged), strict=True)
-
-
 def _num_trained(student: AsrModel) -> int:
     # Under ZeRO-3 a parameter holds a part of itself; ds_numel is its whole size.
     trained = (p for p in student.decoder.layers.parameters() if p.requires_grad)
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
 
-def _write(run: RunConfig, base: AsrModel | None, state: TrainingState, num_quarantined: int) -> None:
+def _write(
+    run: RunConfig, base: AsrModel | None, quantization: Quantization, state: TrainingState, num_quarantined: int
+) -> None:
     """Put the best decoder into an unsharded copy of the student and write that as a checkpoint."""
     if base is None:
         raise CheckpointError("rank 0 must hold the copy that is written, got another rank; please report this")
@@ -325,7 +274,14 @@ def _write(run: RunConfig, base: AsrModel | None, state: TrainingState, num_quar
     if set(weights) != names:
         raise CheckpointError(f"{folder / BEST} must hold all {len(names)} decoder weights, got {len(weights)}")
     DecoderStack(base.decoder.layers).load_state_dict(weights, strict=False)  # the quantizers stay as they are
-    save_checkpoint(base.model, folder / STUDENT, base=base.folder, dtype=run.model.dtype)
+    with without_backend(base.model):
+        save_checkpoint(
+            base.model,
+            folder / STUDENT,
+            base=base.folder,
+            dtype=run.model.dtype,
+            beside={QUANTIZATION: quantization.as_json()},
+        )
     best = read_json(folder / BEST / STATE)  # not the state's: a kill may lie between the two
     results = {
         "step": state.step,
@@ -335,7 +291,7 @@ def _write(run: RunConfig, base: AsrModel | None, state: TrainingState, num_quar
         "zero_stage": state.zero_stage,
         "quarantined": num_quarantined,
         "quantizer_sha256": quantizer_hash(base.model),
-        "int8_bytes": int8_bytes(base.model),
+        "served_bytes": served_bytes(base.model),
     }
     finish_stage(run, "train", results=results)
     log.info(

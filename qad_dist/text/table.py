@@ -101,7 +101,7 @@ def _worst_language(score: dict[str, Any]) -> str | None:
 
 
 def _system_grid(score: dict[str, Any]) -> Grid:
-    header = ["system", "rate %", "errors", "KL", "top-1 %", "language %", "runaway", "disk MB", "INT8 MB"]
+    header = ["system", "rate %", "errors", "KL", "top-1 %", "language %", "runaway", "disk MB", "served MB"]
     rows = []
     for name in _ordered_systems(score):
         system = score["systems"][name]
@@ -116,7 +116,7 @@ def _system_grid(score: dict[str, Any]) -> Grid:
                 _percent(overall["language_accuracy"]),
                 f"{overall['runaway']:,}",
                 _megabytes(system["disk_bytes"]),
-                _megabytes(system["int8_bytes"]),
+                _megabytes(system["served_bytes"]),
             ]
         )
     return Grid(header, rows)
@@ -127,7 +127,7 @@ def _findings(score: dict[str, Any]) -> list[str]:
     overall = {name: system["overall"] for name, system in score["systems"].items()}
     findings = [
         "KL: to the teacher, nats per response token; top-1: tokens that the teacher would have chosen too.",
-        "disk: the folder as scored; INT8: the same model with quantized weights in 8 bits, the rest in bf16.",
+        "disk: the folder as scored; served: the same model with its weights in their few bits, the rest in bf16.",
     ]
     if worst := _worst_language(score):
         findings.append(f"{WORST} marks {_student(score)}'s highest error rate: {worst}.")

@@ -28,6 +28,8 @@ from qad_dist.config import RunConfig, load_run
 from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.optim import choose_trainable
+from qad_dist.heldout import heldout_batches
+from qad_dist.pairing import join_models
 from qad_dist.quant.state import enable_checkpointing, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.engine import Engine
@@ -116,7 +118,7 @@ def _plain(
     """The reference: no engine; all logits at once; one backward over the rows of all micro-batches."""
     stack = DecoderStack(student.decoder.layers)
     choose_trainable(stack, train_norms=False)
-    models = train.join_models(teacher, student, stack)
+    models = join_models(teacher, student, stack)
     embedded = [models.embed(batch) for batch in batches]
     student_RV = torch.cat([models.student_states(part) for part in embedded]) @ models.head_VD.T
     with torch.no_grad():
@@ -130,7 +132,8 @@ def _plain(
     student.model.requires_grad_(False)
     if world.is_main:
         save_file(gradients, folder / "plain.safetensors")
-    evaluation = evaluate(models, train.heldout_batches(heldout, run, world), chunk_rows=64)
+    held = heldout_batches(heldout, run, world, token_budget=run.train.micro_batch_tokens)
+    evaluation = evaluate(models, held, chunk_rows=64)
     return {
         "rows": [batch.num_rows for batch in batches],
         "evaluation": asdict(evaluation),
@@ -157,7 +160,7 @@ def _under_engine(
     run: RunConfig, name: str, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World, folder: Path
 ) -> dict[str, Any]:
     engine = _build(run, student, name, world, torch.float32)
-    models = train.join_models(teacher, student, engine)
+    models = join_models(teacher, student, engine)
     frozen = _frozen_hash(teacher, student)
     built = all_gather_objects(quantizer_hash(student.model))
     before = engine.gather_weights()
@@ -188,7 +191,7 @@ def _many_small_steps(
 ) -> dict[str, Any]:
     """Weights of at least 1/16 in bfloat16 lie 2^-11 and more apart: one small step alone cannot move them."""
     engine = _build(run, student, name, world, torch.bfloat16)
-    models = train.join_models(teacher, student, engine)
+    models = join_models(teacher, student, engine)
     # Far from the teacher's doubts the gradient keeps its sign over the small steps; the KL's, near 0, would not.
     ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0})
     trained = {n: parameter for n, parameter in engine.module.named_parameters() if parameter.requires_grad}

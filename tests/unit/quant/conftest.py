@@ -1,15 +1,14 @@
 """Calibration data and a quantized student, once per session."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from qad_dist.asr.load import AsrModel
     from qad_dist.batch import Batch
+    from tests.helpers.quantized import Calibrated
     from tests.helpers.qwen import Samples
 
 
@@ -30,14 +29,31 @@ def unseen(nano: "AsrModel", clips: "list[Samples]") -> "Batch":
 
 
 @pytest.fixture(scope="session")
-def student(load_nano: "Callable[..., AsrModel]", batches: "list[Batch]") -> "AsrModel":
-    """The embedded teacher in INT8, float32, alpha 1. Shared: nobody may change it."""
-    from tests.helpers.quantized import quantize
+def calibrated(nano: "AsrModel", batches: "list[Batch]") -> "Callable[..., Calibrated]":
+    """The embedded teacher, calibrated with these settings. Made once each, and shared: nobody may change it."""
+    from tests.helpers.quantized import calibrate, copied
 
-    return quantize(load_nano(), *batches)
+    made: dict[str, Calibrated] = {}
+
+    def make(**settings: Any) -> "Calibrated":
+        settings = {"research": True, "format": "int8", **settings}
+        name = repr(sorted(settings.items()))
+        if name not in made:
+            made[name] = calibrate(copied(nano), *batches, **settings)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student(calibrated: "Callable[..., Calibrated]") -> "AsrModel":
+    """The embedded teacher in INT8, float32, alpha 1. Shared: nobody may change it."""
+    return calibrated(alpha=1.0).student
 
 
 @pytest.fixture
 def new_student(student: "AsrModel") -> "AsrModel":
     """The same, to change."""
-    return replace(student, model=copy.deepcopy(student.model))
+    from tests.helpers.quantized import copied
+
+    return copied(student)

@@ -19,6 +19,7 @@ from qad_dist.stages.export import _dtype, _utterances, export_folder, run, usag
 from shards.errors import ModelError, WorldError
 from shards.schema import ENDED_BY_LENGTH, Recording
 from tests.helpers.packing import pack_tones
+from tests.helpers.quantized import INT8
 from tests.helpers.tones import write_tone
 
 
@@ -106,7 +107,7 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
         }
         found = {
             **{name: changes.pop(name, value) for name, value in copy.deepcopy(expected).items()},
-            **{"qwen_asr_quantizers": 42, "qwen_asr_state_sha256": "s", "qwen_asr_text": "x", **changes},
+            **{"qwen_asr_quantizers": 42, "qwen_asr_state_sha256": "s", "qwen_asr_text": "x", "int8": None, **changes},
         }
         monkeypatch.setattr(export, "_in_fresh_process", lambda *_: found)
         return export._check(run_of(tmp_path), expected, tmp_path / "export")
@@ -161,7 +162,7 @@ def test_log_probabilities_that_are_no_numbers_are_refused(
     monkeypatch.setattr(export, "transcribe", lambda *_, **__: [said])
 
     with pytest.raises(ModelError, match=r"must give finite log-probabilities, got some for tone-0 that are not"):
-        export._answers(nano, run_config, _utterances(run_config))
+        export._answers(nano, INT8, run_config, _utterances(run_config))
 
 
 def test_failure_of_the_fresh_process_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

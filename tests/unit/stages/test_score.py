@@ -196,7 +196,7 @@ def test_overall_row_is_the_sum_of_the_languages(described: dict[str, Any]) -> N
 
 def test_size_on_disk_is_of_weights_and_quantizer_state(described: dict[str, Any]) -> None:
     assert described["disk_bytes"] == 120
-    assert described["int8_bytes"] == 42
+    assert described["served_bytes"] == 42
 
 
 def run_of(folder: Path, **systems: str) -> RunConfig:

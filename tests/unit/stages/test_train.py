@@ -17,8 +17,10 @@ from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable
+from qad_dist.heldout import heldout_batches
+from qad_dist.pairing import join_models
 from qad_dist.runtime.world import World
-from qad_dist.stages.train import _share_frozen_parts, heldout_batches, join_models, training_plan
+from qad_dist.stages.train import _share_frozen_parts, training_plan
 from shards.audio import encode_flac
 from shards.errors import ModelError
 from shards.read import Damaged, Shards
@@ -154,12 +156,14 @@ def test_heldout_values_are_those_of_the_readable_utterances(models, sound_and_s
     run = RunConfig.model_validate(
         {"run": "unused", "model": {"path": "unused"}, "pack": {"inputs": ["unused"]}, "train": {"steps": 60}}
     )
-    world = World(rank=0, local_rank=0, world_size=1)
+    world, budget = World(rank=0, local_rank=0, world_size=1), run.train.micro_batch_tokens
     told: list[Damaged] = []
-    ((number, whole),) = heldout_batches(sound, run, world)
+    ((number, whole),) = heldout_batches(sound, run, world, token_budget=budget)
     place, lengths = whole.keys.index("clip-1"), [3 + int(key.removeprefix("clip-")) for key in whole.keys]
 
-    found = evaluate(models[0], heldout_batches(spoilt, run, world, on_damaged=told.append), chunk_rows=64)
+    found = evaluate(
+        models[0], heldout_batches(spoilt, run, world, token_budget=budget, on_damaged=told.append), chunk_rows=64
+    )
 
     expected = evaluate(models[0], [(number, without(whole, place, lengths))], chunk_rows=64)
     assert [one.key for one in told] == ["clip-1"]

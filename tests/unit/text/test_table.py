@@ -34,7 +34,7 @@ def system(*, kl: float | None, overall: int, **errors: int) -> dict[str, Any]:
     return {
         "path": "somewhere",
         "disk_bytes": 3_625_112,
-        "int8_bytes": None if kl is None else 2_100_000,
+        "served_bytes": None if kl is None else 2_100_000,
         "overall": row(errors=overall, tokens=373, kl=kl, unit="WER/CER"),
         "languages": {
             name: row(errors=count, kl=kl, unit="CER" if name == "Thai" else "WER") for name, count in errors.items()
