@@ -152,7 +152,8 @@ class Calibration:
             rest = replace(whole, amax_C=group.share(maxima[group.name].of_rest_C))
             found = candidates(group.name, whole, rest, self._section)
             own[key] = {name: candidate.on_host() for name, candidate in found.items()}
-        return {key: found for share in all_gather_objects(own) for key, found in share.items()}
+        everywhere = {key: found for share in all_gather_objects(own) for key, found in share.items()}
+        return {key: everywhere[key] for key in groups}  # in their order, whoever searched
 
     def _first_scale(self, key: GroupKey) -> Tensor:
         """What is folded at first: if there is a choice to make, as it would be without the part that it is made on."""

@@ -14,7 +14,7 @@ from qad_dist.asr.save import save_checkpoint
 from qad_dist.calibration import CalibrationData
 from qad_dist.calibration_set import CalibrationSet, choose_calibration
 from qad_dist.config import RunConfig
-from qad_dist.formats import FORMATS, FormatName
+from qad_dist.formats import FormatName
 from qad_dist.heldout import HeldOut
 from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup, cast_parameters
 from qad_dist.quant.fake_quant import use_fast_fake_quant, without_backend
@@ -148,13 +148,10 @@ def _calibration_data(run: RunConfig, chosen: CalibrationSet, reader: Reader, wo
 def _calibrate(
     run: RunConfig, name: FormatName, data: CalibrationData, world: World
 ) -> tuple[AsrModel, Calibration, dict[GroupKey, SmoothedGroup]]:
-    """A student of one format; the run's own settings, but those that other formats have no use for."""
+    """A student of one format; all other settings are the run's."""
     _release_freed_memory()
     student = _load(run, world, in_float32=True)
-    section = run.quantize
-    if name != section.format:
-        clip = section.clip if FORMATS[name].input_scales == "tensor" else "none"
-        section = section.model_copy(update={"format": name, "clip": clip})
+    section = run.quantize.model_copy(update={"format": name})
     calibration = Calibration(student.model, student.decoder.layers, section, data.source(student))
     use_fast_fake_quant(student.model)
     smoothed = calibration.run(getattr(torch, run.model.dtype))

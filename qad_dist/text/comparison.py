@@ -63,8 +63,8 @@ def compare_formats(measured: Mapping[str, Measured], *, chosen: str) -> dict[st
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """``comparison.md``."""
-    parts = ["# Formats on the held-out split", "", as_markdown(_grid(comparison)), *_sentences(comparison), ""]
-    return "\n".join(parts)
+    told = [f"- {sentence}" for sentence in _sentences(comparison)]
+    return "\n".join(["# Formats on the held-out split", "", as_markdown(_grid(comparison)), "", *told, ""])
 
 
 def comparison_summary(comparison: Mapping[str, Any]) -> str:

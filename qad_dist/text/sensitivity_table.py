@@ -18,6 +18,9 @@ COLUMNS = [name.partition(".")[2].removesuffix("_proj") for name in LINEARS]
 KL_UNIT = 1e-6
 """Nats per response token in which the KL of single Linears is told."""
 
+ROUNDING = 1e-7
+"""A KL below this, in nats, is that of equal models: float32 sums in another order."""
+
 KEPT = "kept"
 """Stands where a Linear was not quantized, so that there is nothing to measure."""
 NOTHING = "-"
@@ -59,7 +62,12 @@ def layers_of(report: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
 def headline_values(report: dict[str, Any]) -> str:
     """KL of the whole student, and of the same without quantization, where these were measured."""
     known = [("as quantized", report["kl_per_token"]), ("with nothing quantized", report["kl_unquantized"])]
-    return ", ".join(f"{kl:.3g} {how}" for how, kl in known if kl is not None)
+    return ", ".join(f"{_nats(kl)} {how}" for how, kl in known if kl is not None)
+
+
+def _nats(kl: float) -> str:
+    """What is nothing but rounding, of either sign, is not told in digits."""
+    return f"{kl:.3g}" if kl >= ROUNDING else f"below {ROUNDING:g}"
 
 
 def kl_text(nats: float | None) -> str:

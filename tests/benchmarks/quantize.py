@@ -291,7 +291,7 @@ def measure_all(run: RunConfig, reader: Reader) -> None:
 def makers(students: Students) -> dict[str, Callable[[], Student]]:
     """Students by name, in the order of the tables."""
     return {
-        UNSMOOTHED: lambda: students.ours("int8", alpha="none"),
+        UNSMOOTHED: lambda: students.ours("int8", alpha="none", clip="none"),
         SMOOTHQUANT: lambda: students.smoothquant(on_text=False),
         TEXT_ONLY: lambda: students.smoothquant(on_text=True),
         OURS: lambda: students.ours("int8"),
