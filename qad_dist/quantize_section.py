@@ -24,7 +24,7 @@ class QuantizeConfig(Section):
     """Weights that share a scale, in formats of fewer than 8 bits; it must divide the width of every input."""
     alpha: float | Literal["search", "none"] | dict[GroupName, float] = "search"
     """SmoothQuant: 1 moves all outlier channels of the inputs into the weights, 0 the other way round. One value, one
-    for each group, the best for each group by the error of its outputs, or no smoothing."""
+    for each group (1 where none is given), the best for each by the error of its outputs, or no smoothing."""
     clip: Literal["none", "mse", "percentile", "search"] = "search"
     """How static input scales cut outliers off: not at all; where the outputs' error is least; at ``clip_percentile``;
     or whichever of these has the lowest KL. No effect on formats without static input scales."""
