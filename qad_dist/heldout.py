@@ -77,7 +77,10 @@ class Distances:
 
 
 class HeldOut:
-    """Held-out utterances behind the teacher's embeddings, and what the teacher makes of them, kept on the device."""
+    """Held-out utterances behind the teacher's embeddings, and what the teacher makes of them, kept on the device.
+
+    The teacher itself is not: final norm and LM head of its students are its own.
+    """
 
     def __init__(self, run: RunConfig, teacher: AsrModel, reader: Reader, world: World, *, max_utterances: int) -> None:
         """Read the utterances and run the teacher on this rank's share.
@@ -85,7 +88,6 @@ class HeldOut:
         Raises:
             ShardError: One cannot be read, or none is held out.
         """
-        self._teacher = teacher
         dataset, _ = heldout_set(run, teacher, reader, max_utterances=max_utterances)
         budget = max(run.quantize.micro_batch_tokens, int(dataset.num_tokens.max()))
         self.batches: list[WalkBatch] = []
@@ -101,12 +103,11 @@ class HeldOut:
             self._keys[number] = batch.keys
             ends_U = batch.cu_seqlens_U1[1:].long()
             self._owners_R[number] = torch.searchsorted(ends_U, batch.rows_R, right=True)
-            self._states_RD[number] = self._states(walking, final_hidden(walking, teacher.decoder.layers))
+            self._states_RD[number] = _states(teacher, walking, final_hidden(walking, teacher.decoder.layers))
 
-    def distances(self, layers: Iterable[nn.Module]) -> Distances:
-        """From the teacher to the model of these decoder layers."""
-        layers = list(layers)
-        own = {b.number: self._distance(b, final_hidden(b, layers)) for b in self.batches}
+    def distances(self, student: AsrModel) -> Distances:
+        """From the teacher to a student as it is now."""
+        own = {b.number: self._distance(student, b, final_hidden(b, student.decoder.layers)) for b in self.batches}
         everywhere = {number: found for share in all_gather_objects(own) for number, found in share.items()}
         ordered = [everywhere[number] for number in sorted(everywhere)]
         return Distances(
@@ -116,21 +117,16 @@ class HeldOut:
             np.concatenate([found.tokens_U for found in ordered]),
         )
 
-    def kl(self, batch: WalkBatch, student_ND: Tensor) -> tuple[float, int]:
+    def kl(self, student: AsrModel, batch: WalkBatch, student_ND: Tensor) -> tuple[float, int]:
         """KL in nats summed over a batch's response tokens, and their number, from ``[N, D]`` behind the last layer."""
-        found = self._distance(batch, student_ND)
+        found = self._distance(student, batch, student_ND)
         return float(found.kl_U.sum()), int(found.tokens_U.sum())
 
-    def _states(self, batch: WalkBatch, hidden_ND: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._teacher.decoder.norm(hidden_ND.index_select(0, batch.rows_R))
-
-    def _distance(self, batch: WalkBatch, student_ND: Tensor) -> Distances:
+    def _distance(self, student: AsrModel, batch: WalkBatch, student_ND: Tensor) -> Distances:
         states_RD = self._states_RD[batch.number]
         nothing_R = torch.zeros(len(states_RD), dtype=torch.int64, device=states_RD.device)
-        rows = row_metrics(
-            self._states(batch, student_ND), states_RD, self._teacher.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS
-        )
+        found_RD = _states(student, batch, student_ND)
+        rows = row_metrics(found_RD, states_RD, student.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)
         keys, owners_R = self._keys[batch.number], self._owners_R[batch.number].numpy()
         kl_R, agrees_R = rows.kl_R.double().cpu().numpy(), rows.agrees_R.cpu().numpy()
         return Distances(
@@ -160,7 +156,13 @@ def kl_between(model: AsrModel, batch: WalkBatch, student_ND: Tensor, teacher_ND
         student_ND: Behind the student's last layer.
         teacher_ND: Behind the teacher's.
     """
-    states = [model.decoder.norm(hidden.index_select(0, batch.rows_R)) for hidden in (student_ND, teacher_ND)]
+    states = [_states(model, batch, hidden_ND) for hidden_ND in (student_ND, teacher_ND)]
     nothing_R = torch.zeros(len(batch.rows_R), dtype=torch.int64, device=student_ND.device)
     rows = row_metrics(states[0], states[1], model.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)
     return float(rows.kl_R.double().sum()), len(batch.rows_R)
+
+
+def _states(model: AsrModel, batch: WalkBatch, hidden_ND: Tensor) -> Tensor:
+    """``[R, D]``: what the LM head reads at the response rows."""
+    with torch.no_grad():
+        return model.decoder.norm(hidden_ND.index_select(0, batch.rows_R))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.made_clips import make_clips
@@ -30,6 +31,7 @@ from qad_dist.quant.state import (
     quantizer_hash,
     served_bytes,
 )
+from qad_dist.quant.walk import WalkBatch
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.record import STUDENT, begin_stage, finish_stage, require_stage
@@ -81,8 +83,8 @@ def dry_run(run: RunConfig) -> None:
 
 def _quantize(run: RunConfig, chosen: CalibrationSet, reader: Reader, world: World) -> dict[str, Any]:
     """Everything that is written; returns what the stage's record says."""
-    data = _calibration_data(run, chosen, reader, world)
-    heldout, measured, results = _make_student(run, data, reader, world)
+    data, heldout, few = _ask_teacher(run, chosen, reader, world)
+    measured, results = _make_student(run, data, heldout, few, world)
     compared = {run.quantize.format: measured}
     for name in run.quantize.compare:
         if name not in compared:
@@ -100,17 +102,11 @@ def _quantize(run: RunConfig, chosen: CalibrationSet, reader: Reader, world: Wor
 
 
 def _make_student(
-    run: RunConfig, data: CalibrationData, reader: Reader, world: World
-) -> tuple[HeldOut, Measured, dict[str, Any]]:
-    """Write the student, and what each of its Linears costs.
-
-    The teacher is loaded when calibration is done: only then is the student no longer float32.
-    """
+    run: RunConfig, data: CalibrationData, heldout: HeldOut, few: HeldOut | None, world: World
+) -> tuple[Measured, dict[str, Any]]:
+    """Write the student, and what each of its Linears costs on ``few`` utterances, if anybody asked."""
     student, calibration, smoothed = _calibrate(run, run.quantize.format, data, world)
-    teacher = _load(run, world)
-    heldout = HeldOut(run, teacher, reader, world, max_utterances=run.quantize.evaluate_utterances)
-    _release_freed_memory()
-    explained, overall = _explain(run, teacher, student, calibration, smoothed, reader, world)
+    explained, overall = ([], {}) if few is None else _explain(few, student, calibration, smoothed)
     quantization = _keep(run, student, calibration, heldout, explained)
     digest = _equal_on_all_ranks(quantizer_hash(student.model))
     measured = _measure(student, heldout)
@@ -129,20 +125,31 @@ def _make_student(
     }
     path = run.stage_folder("quantize") / STUDENT
     log.info("event=student format=%s quantizers=%d path=%s", quantization.format, results["quantizers"], path)
-    return heldout, measured, results
+    return measured, results
 
 
-def _calibration_data(run: RunConfig, chosen: CalibrationSet, reader: Reader, world: World) -> CalibrationData:
-    """With the clips that are made, which the teacher answers in float32 as it is calibrated."""
+def _ask_teacher(
+    run: RunConfig, chosen: CalibrationSet, reader: Reader, world: World
+) -> tuple[CalibrationData, HeldOut, HeldOut | None]:
+    """All that the teacher is needed for; then it goes, and leaves its memory to a student in float32.
+
+    It answers the held-out utterances as it computes in the run, and the clips that are made in float32, as those are
+    calibrated on.
+    """
+    teacher = _load(run, world)
+    heldout = HeldOut(run, teacher, reader, world, max_utterances=run.quantize.evaluate_utterances)
+    few = None
+    if wanted := run.quantize.sensitivity_utterances:
+        few = HeldOut(run, teacher, reader, world, max_utterances=wanted)
+    cast_parameters(teacher.model, torch.float32)
     silent, long = (chosen.missing_silent, chosen.missing_long) if run.quantize.make_clips else (0, 0)
-    teacher = _load(run, world, in_float32=True)
     made = make_clips(teacher, chosen.joinable, reader=reader, silent=silent, long=long, settings=run.label)
     log.info(
         "event=calibration utterances=%d search=%d languages=%d silent=%d long=%d made_silent=%d made_long=%d",
         *(len(chosen.rows), int(chosen.is_search.sum()), chosen.num_languages, chosen.num_silent, chosen.num_long),
         *(silent, long),
     )
-    return CalibrationData(run, chosen, made, reader, world)
+    return CalibrationData(run, chosen, made, reader, world), heldout, few
 
 
 def _calibrate(
@@ -181,25 +188,20 @@ def _release_freed_memory() -> None:
 
 
 def _explain(
-    run: RunConfig,
-    teacher: AsrModel,
-    student: AsrModel,
-    calibration: Calibration,
-    smoothed: Mapping[GroupKey, SmoothedGroup],
-    reader: Reader,
-    world: World,
+    few: HeldOut, student: AsrModel, calibration: Calibration, smoothed: Mapping[GroupKey, SmoothedGroup]
 ) -> tuple[list[LinearSensitivity], dict[str, float]]:
-    """What each Linear costs alone, and all or none of them on the same utterances; nothing if nobody asked."""
-    if not run.quantize.sensitivity_utterances:
-        return [], {}
-    few = HeldOut(run, teacher, reader, world, max_utterances=run.quantize.sensitivity_utterances)
+    """What each Linear costs alone, and all or none of them on the same utterances."""
     layers, exact = student.decoder.layers, calibration.exact
-    overall = {"kl_per_token": few.distances(layers).kl_per_token}
+    overall = {"kl_per_token": few.distances(student).kl_per_token}
     switch = LinearSwitch(layers, exact=exact)
     switch.switch_all(on=False)
-    overall["kl_unquantized"] = few.distances(layers).kl_per_token
+    overall["kl_unquantized"] = few.distances(student).kl_per_token
     switch.switch_all(on=True)
-    return measure_sensitivity(layers, few.batches, kl=few.kl, smoothed=smoothed, exact=exact), overall
+
+    def kl(batch: WalkBatch, hidden_ND: Tensor) -> tuple[float, int]:
+        return few.kl(student, batch, hidden_ND)
+
+    return measure_sensitivity(layers, few.batches, kl=kl, smoothed=smoothed, exact=exact), overall
 
 
 def _keep(
@@ -217,7 +219,7 @@ def _keep(
         kept = keep_fewest(
             layers,
             groups_by_kl(explained),
-            evaluate=lambda: heldout.distances(layers).kl_per_token,
+            evaluate=lambda: heldout.distances(student).kl_per_token,
             budget=budget,
             exact=calibration.exact,
         )
@@ -228,7 +230,7 @@ def _keep(
 
 
 def _measure(student: AsrModel, heldout: HeldOut) -> Measured:
-    found = heldout.distances(student.decoder.layers)
+    found = heldout.distances(student)
     return Measured(
         kl_U=found.kl_U,
         agreements_U=found.agreements_U,
