@@ -88,6 +88,8 @@ def _grid(comparison: Mapping[str, Any]) -> Grid:
                 f"{found['served_bytes'] / 1e6:,.1f}",
             ]
         )
+    if len(rows) == 1:  # nothing to be a share of
+        header, rows = header[:3] + header[5:], [rows[0][:3] + rows[0][5:]]
     return Grid(header, rows)
 
 

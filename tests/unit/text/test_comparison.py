@@ -77,3 +77,11 @@ def test_tables_show_small_numbers_in_full() -> None:
     assert lines[5] == "| int8_weight_only | 18.4 | 16.1 to 21.0 | 0.0694 | 0.0574 to 0.0838 | 100.00 | 3.0 |"
     assert "87 held-out utterances (769 tokens)" in comparison_summary(comparison)
     assert max(map(len, comparison_summary(comparison).splitlines())) <= 132
+
+
+def test_single_format_is_no_share_of_another() -> None:
+    comparison = compare_formats({"int8": measured([0.4, 0.2, 0.1])}, chosen="int8")
+
+    header = comparison_markdown(comparison).splitlines()[2]
+
+    assert header == "| format | KL | 95 % | top-1 % | served MB |"
