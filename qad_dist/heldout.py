@@ -4,22 +4,22 @@ Dimension key: N packed tokens, D width, R response rows, U utterances.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qad_dist.asr.dataset import LabelledSet, OnDamaged, refuse
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
-from qad_dist.distill.loss import row_metrics
+from qad_dist.distill.loss import RowMetrics, row_metrics
 from qad_dist.labelling import read_used_labels
 from qad_dist.pairing import walk_batch
-from qad_dist.quant.walk import WalkBatch
+from qad_dist.quant.walk import WalkBatch, final_hidden
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.world import World
 from shards.labelled import Labelled
@@ -123,10 +123,7 @@ class HeldOut:
         return float(found.kl_U.sum()), int(found.tokens_U.sum())
 
     def _distance(self, student: AsrModel, batch: WalkBatch, student_ND: Tensor) -> Distances:
-        states_RD = self._states_RD[batch.number]
-        nothing_R = torch.zeros(len(states_RD), dtype=torch.int64, device=states_RD.device)
-        found_RD = _states(student, batch, student_ND)
-        rows = row_metrics(found_RD, states_RD, student.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)
+        rows = _compare(student, _states(student, batch, student_ND), self._states_RD[batch.number])
         keys, owners_R = self._keys[batch.number], self._owners_R[batch.number].numpy()
         kl_R, agrees_R = rows.kl_R.double().cpu().numpy(), rows.agrees_R.cpu().numpy()
         return Distances(
@@ -135,15 +132,6 @@ class HeldOut:
             np.bincount(owners_R[agrees_R], minlength=len(keys)),
             np.bincount(owners_R, minlength=len(keys)),
         )
-
-
-@torch.no_grad()
-def final_hidden(batch: WalkBatch, layers: Iterable[nn.Module]) -> Tensor:
-    """``[N, D]`` behind the last layer."""
-    hidden_ND = batch.start_ND
-    for layer in layers:
-        hidden_ND = batch.run_layer(layer, hidden_ND)
-    return hidden_ND
 
 
 @torch.no_grad()
@@ -156,9 +144,7 @@ def kl_between(model: AsrModel, batch: WalkBatch, student_ND: Tensor, teacher_ND
         student_ND: Behind the student's last layer.
         teacher_ND: Behind the teacher's.
     """
-    states = [_states(model, batch, hidden_ND) for hidden_ND in (student_ND, teacher_ND)]
-    nothing_R = torch.zeros(len(batch.rows_R), dtype=torch.int64, device=student_ND.device)
-    rows = row_metrics(states[0], states[1], model.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)
+    rows = _compare(model, _states(model, batch, student_ND), _states(model, batch, teacher_ND))
     return float(rows.kl_R.double().sum()), len(batch.rows_R)
 
 
@@ -166,3 +152,9 @@ def _states(model: AsrModel, batch: WalkBatch, hidden_ND: Tensor) -> Tensor:
     """``[R, D]``: what the LM head reads at the response rows."""
     with torch.no_grad():
         return model.decoder.norm(hidden_ND.index_select(0, batch.rows_R))
+
+
+def _compare(model: AsrModel, student_RD: Tensor, teacher_RD: Tensor) -> RowMetrics:
+    """Through the head that both share; of no interest is the cross-entropy, for which targets would be needed."""
+    nothing_R = torch.zeros(len(teacher_RD), dtype=torch.int64, device=teacher_RD.device)
+    return row_metrics(student_RD, teacher_RD, model.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)

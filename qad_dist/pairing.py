@@ -11,11 +11,18 @@ from torch import Tensor
 
 from qad_dist.asr.decoder import DecoderStack, embed, response_states, run_layer
 from qad_dist.asr.load import AsrModel, load_model
+from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
 from qad_dist.distill.models import TeacherAndStudent
-from qad_dist.quant.fake_quant import use_fast_fake_quant
-from qad_dist.quant.state import Quantization, check_quantizers, enable_checkpointing, read_quantization
+from qad_dist.quant.fake_quant import use_fast_fake_quant, without_backend
+from qad_dist.quant.state import (
+    QUANTIZATION,
+    Quantization,
+    check_quantizers,
+    enable_checkpointing,
+    read_quantization,
+)
 from qad_dist.quant.walk import WalkBatch
 
 
@@ -45,6 +52,21 @@ def load_student(
     check_quantizers(student.model, quantization)
     use_fast_fake_quant(student.model)
     return student, quantization
+
+
+def save_student(student: AsrModel, quantization: Quantization, folder: Path, *, dtype: str) -> None:
+    """Write a student as :func:`load_student` reads it, its state plain ModelOpt's.
+
+    Args:
+        student: On any device; the files of the folder it was loaded from go with it.
+        quantization: What was done to it.
+        folder: Replaced if it exists.
+        dtype: Of the weights, as the config shall say.
+    """
+    with without_backend(student.model):
+        save_checkpoint(
+            student.model, folder, base=student.folder, dtype=dtype, beside={QUANTIZATION: quantization.as_json()}
+        )
 
 
 def join_models(teacher: AsrModel, student: AsrModel, student_stack: Any) -> TeacherAndStudent:

@@ -22,7 +22,7 @@ from qad_dist.quant.calibrate import GroupKey, SmoothedGroup
 from qad_dist.quant.fold import fold_groups
 from qad_dist.quant.high_precision import LinearSwitch
 from qad_dist.quant.state import enabled_quantizers
-from qad_dist.quant.walk import WalkBatch
+from qad_dist.quant.walk import WalkBatch, final_hidden
 from qad_dist.runtime.collectives import all_gather_objects
 from shards.errors import ModelError
 
@@ -97,10 +97,10 @@ def measure_sensitivity(
                 exact_OC = switch.weight(name)
                 for batch, hidden_ND in zip(batches, hidden, strict=True):
                     with _output_error(switch.linears[name], exact_OC) as error:
-                        last_ND = _run(batch, hidden_ND, list(layers)[number:])
+                        last_ND = final_hidden(batch, layers[number:], from_ND=hidden_ND)
                     sums.append(_Sums(name, batch.number, *error, *kl(batch, last_ND)))
                 switch.switch(name, on=False)
-            hidden = [_run(batch, hidden_ND, [layer]) for batch, hidden_ND in zip(batches, hidden, strict=True)]
+            hidden = [batch.run_layer(layer, hidden_ND) for batch, hidden_ND in zip(batches, hidden, strict=True)]
             log.info("event=sensitivity layers=%d of=%d", number + 1, len(layers))
     finally:
         switch.switch_all(on=True)
@@ -165,12 +165,6 @@ def _members(layers: nn.ModuleList) -> dict[str, GroupKey]:
         for group in fold_groups(layer)
         for name in group.consumers
     }
-
-
-def _run(batch: WalkBatch, hidden_ND: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-    for layer in layers:
-        hidden_ND = batch.run_layer(layer, hidden_ND)
-    return hidden_ND
 
 
 @contextmanager

@@ -43,6 +43,15 @@ class WalkBatch:
     """The same behind layers that are quantized already; the teacher's where nothing asks for it."""
 
 
+@torch.no_grad()
+def final_hidden(batch: WalkBatch, layers: Iterable[nn.Module], *, from_ND: Tensor | None = None) -> Tensor:
+    """``[N, D]`` behind some layers, from the batch's start or from what the first of them reads."""
+    hidden_ND = batch.start_ND if from_ND is None else from_ND
+    for layer in layers:
+        hidden_ND = batch.run_layer(layer, hidden_ND)
+    return hidden_ND
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Sampled inputs of a group of Linears."""
@@ -129,10 +138,7 @@ class Walk:
         layers, outcome = list(layers), []
         for batch in self.batches:
             if batch.is_search:
-                hidden_ND = batch.start_ND
-                for layer in layers:
-                    hidden_ND = batch.run_layer(layer, hidden_ND)
-                outcome.append((batch, hidden_ND))
+                outcome.append((batch, final_hidden(batch, layers)))
         return outcome
 
     def _sample(self, batch: WalkBatch, inputs: Mapping[str, Tensor]) -> "_Sample":

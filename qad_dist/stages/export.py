@@ -18,16 +18,13 @@ from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import AsrModel, state_hash
 from qad_dist.asr.mel import log_mels
 from qad_dist.asr.reference import load_with_qwen_asr, transcribe_with_qwen_asr
-from qad_dist.asr.save import save_checkpoint
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.config import RunConfig
 from qad_dist.formats import FORMATS
 from qad_dist.head import FrozenHead
-from qad_dist.pairing import load_student
-from qad_dist.quant.fake_quant import without_backend
+from qad_dist.pairing import load_student, save_student
 from qad_dist.quant.int8 import use_int8
 from qad_dist.quant.state import (
-    QUANTIZATION,
     Quantization,
     check_quantizers,
     enable_checkpointing,
@@ -104,14 +101,7 @@ def _dtype(run: RunConfig) -> str:
 def _write(run: RunConfig, folder: Path) -> dict[str, Any]:
     """Write the student to ``folder``; what it answers is all that stays of it in memory."""
     student, quantization = _load_trained(run)
-    with without_backend(student.model):
-        save_checkpoint(
-            student.model,
-            folder,
-            base=student.folder,
-            dtype=_dtype(run),
-            beside={QUANTIZATION: quantization.as_json()},
-        )
+    save_student(student, quantization, folder, dtype=_dtype(run))
     return _answers(student, quantization, run, _utterances(run))
 
 

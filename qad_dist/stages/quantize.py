@@ -11,18 +11,17 @@ from torch import Tensor
 
 from qad_dist.asr.load import AsrModel, load_teacher
 from qad_dist.asr.made_clips import make_clips
-from qad_dist.asr.save import save_checkpoint
 from qad_dist.calibration import CalibrationData
 from qad_dist.calibration_set import CalibrationSet, choose_calibration
 from qad_dist.config import RunConfig
 from qad_dist.formats import FormatName
 from qad_dist.heldout import HeldOut
+from qad_dist.pairing import save_student
 from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup, cast_parameters
-from qad_dist.quant.fake_quant import use_fast_fake_quant, without_backend
+from qad_dist.quant.fake_quant import use_fast_fake_quant
 from qad_dist.quant.high_precision import LinearSwitch, keep_fewest
 from qad_dist.quant.sensitivity import LinearSensitivity, as_json, groups_by_kl, measure_sensitivity
 from qad_dist.quant.state import (
-    QUANTIZATION,
     Quantization,
     check_quantizers,
     enable_checkpointing,
@@ -110,7 +109,8 @@ def _make_student(
     quantization = _keep(run, student, calibration, heldout, explained)
     digest = _equal_on_all_ranks(quantizer_hash(student.model))
     measured = _measure(student, heldout)
-    run_on_main(lambda: _write(run, student, quantization))
+    path = run.stage_folder("quantize") / STUDENT
+    run_on_main(lambda: save_student(student, quantization, path, dtype=run.model.dtype))
     if explained:
         run_on_main(lambda: _write_sensitivity(run, as_json(explained, kept=quantization.kept, **overall)))
     results = {
@@ -123,7 +123,6 @@ def _make_student(
         "heldout_kl": float(measured.kl_U.sum() / measured.tokens_U.sum()),
         "served_bytes": measured.served_bytes,
     }
-    path = run.stage_folder("quantize") / STUDENT
     log.info("event=student format=%s quantizers=%d path=%s", quantization.format, results["quantizers"], path)
     return measured, results
 
@@ -244,17 +243,6 @@ def _equal_on_all_ranks(digest: str) -> str:
     if len(set(digests)) != 1:
         raise ModelError(f"all ranks must have equal quantizers, got {[d[:12] for d in digests]}; please report this")
     return digest
-
-
-def _write(run: RunConfig, student: AsrModel, quantization: Quantization) -> None:
-    with without_backend(student.model):
-        save_checkpoint(
-            student.model,
-            run.stage_folder("quantize") / STUDENT,
-            base=student.folder,
-            dtype=run.model.dtype,
-            beside={QUANTIZATION: quantization.as_json()},
-        )
 
 
 def _write_sensitivity(run: RunConfig, sensitivity: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import torch
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches, languages_of
 from qad_dist.asr.decoder import DecoderStack
 from qad_dist.asr.load import AsrModel, load_teacher
-from qad_dist.asr.save import save_checkpoint
 from qad_dist.config import RunConfig
 from qad_dist.distill.checkpoint import (
     BEST,
@@ -26,9 +25,8 @@ from qad_dist.distill.metrics import MetricsFile
 from qad_dist.distill.optim import choose_trainable, parameter_groups
 from qad_dist.heldout import heldout_batches, heldout_set
 from qad_dist.labelling import read_used_labels
-from qad_dist.pairing import join_models, load_student
-from qad_dist.quant.fake_quant import without_backend
-from qad_dist.quant.state import QUANTIZATION, Quantization, quantizer_hash, served_bytes
+from qad_dist.pairing import join_models, load_student, save_student
+from qad_dist.quant.state import Quantization, quantizer_hash, served_bytes
 from qad_dist.runtime.collectives import all_gather_objects, run_on_main
 from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.quarantine import QUARANTINE, open_quarantine
@@ -274,14 +272,7 @@ def _write(
     if set(weights) != names:
         raise CheckpointError(f"{folder / BEST} must hold all {len(names)} decoder weights, got {len(weights)}")
     DecoderStack(base.decoder.layers).load_state_dict(weights, strict=False)  # the quantizers stay as they are
-    with without_backend(base.model):
-        save_checkpoint(
-            base.model,
-            folder / STUDENT,
-            base=base.folder,
-            dtype=run.model.dtype,
-            beside={QUANTIZATION: quantization.as_json()},
-        )
+    save_student(base, quantization, folder / STUDENT, dtype=run.model.dtype)
     best = read_json(folder / BEST / STATE)  # not the state's: a kill may lie between the two
     results = {
         "step": state.step,

@@ -48,14 +48,14 @@ from qad_dist.calibration_set import choose_calibration
 from qad_dist.config import RunConfig, load_run
 from qad_dist.distill.loss import row_metrics
 from qad_dist.formats import FORMATS, FormatName
-from qad_dist.heldout import CHUNK_ROWS, final_hidden
+from qad_dist.heldout import CHUNK_ROWS
 from qad_dist.linears import LINEARS
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup
 from qad_dist.quant.fake_quant import use_fast_fake_quant
 from qad_dist.quant.recipe import modelopt_config
 from qad_dist.quant.state import Quantization, check_quantizers, enabled_quantizers, fold_weights
-from qad_dist.quant.walk import WalkBatch
+from qad_dist.quant.walk import WalkBatch, final_hidden
 from qad_dist.runtime.logs import configure_logging, prints_as_debug
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.world import current_world

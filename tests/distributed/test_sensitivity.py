@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qad_dist.heldout import final_hidden, kl_between
+from qad_dist.heldout import kl_between
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.calibrate import SmoothedGroup
 from qad_dist.quant.fold import fold_groups
 from qad_dist.quant.search import Choice
 from qad_dist.quant.sensitivity import LinearSensitivity, measure_sensitivity
+from qad_dist.quant.walk import final_hidden
 from tests.helpers.quantized import pack_with_own_responses, quantize
 from tests.helpers.qwen import digits, load
 from tests.helpers.ranks import run_on_ranks

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
-from qad_dist.heldout import final_hidden
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.fold import fold_groups
-from qad_dist.quant.walk import Tokens, Walk, WalkBatch
+from qad_dist.quant.walk import Tokens, Walk, WalkBatch, final_hidden
 from tests.helpers.quantized import copied
 
 WIDTHS = {"qkv": 128, "o": 128, "gate_up": 128, "down": 384}

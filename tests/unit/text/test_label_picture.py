@@ -1,5 +1,4 @@
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,6 @@ def summary_of(num_labels: int) -> dict[str, Any]:
         )
         report.add([label], [VERDICTS[number % len(VERDICTS)]], [names[number % len(names)]])
     return report.summary()
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved in the test."""
-    from matplotlib.figure import Figure
-
-    figures: list[Figure] = []
-    save: Callable[..., None] = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
-    )
-    return figures
 
 
 def test_bars_show_the_hours_of_each_use_in_each_language(tmp_path: Path, drawn: list[Any]) -> None:

@@ -1,6 +1,5 @@
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,6 @@ def report_of(num_layers: int, *, kept: tuple[str, ...] = ()) -> dict[str, Any]:
         "worst": worst[::-1],
         "kept": list(kept),
     }
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved in the test."""
-    from matplotlib.figure import Figure
-
-    figures: list[Figure] = []
-    save: Callable[..., None] = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
-    )
-    return figures
 
 
 def cells_of(axes: Any) -> dict[tuple[int, int], Any]:
