@@ -1,6 +1,6 @@
 """Batch: the hand-over from ``asr`` to ``distill``. Packed: utterances stand one behind the other, without padding.
 
-Dimension key: N packed tokens, U utterances, R response rows, F mel frames of all utterances, M mel bins.
+Dimension key: N packed tokens, U utterances, R response rows, F mel frames of all utterances, M mel bins, D width.
 """
 
 from dataclasses import dataclass, replace
@@ -41,6 +41,8 @@ class Batch:
     weighted_rows: int
     """Rows that count, having a weight: R, but for utterances that could not be read; 0 for a batch that only keeps the
     ranks together. On the host, so that nobody waits."""
+    teacher_RD: Tensor | None = None
+    """The teacher's stored hidden states at the rows, behind its final norm, bfloat16; None where it runs itself."""
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +59,12 @@ class Batch:
         """R: response tokens."""
         return self.rows_R.numel()
 
+    def token_weights(self) -> Tensor:
+        """``[N]``, float32: the KL weight of each token's utterance; of a batch on the host."""
+        owners_R = torch.searchsorted(self.cu_seqlens_U1[1:].long(), self.rows_R, right=True)
+        weight_U = torch.zeros(len(self.cu_seqlens_U1) - 1).scatter_(0, owners_R, self.kl_weight_R)
+        return weight_U.repeat_interleave(self.cu_seqlens_U1.diff().long())
+
     def without_weight(self) -> "Batch":
         """The same batch with all loss weights 0: what a rank runs when the plan has nothing left for it."""
         zeros = torch.zeros_like(self.kl_weight_R)
@@ -65,8 +73,9 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors that the model reads; lengths stay on the host, where shapes are decided."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+            name: value.to(device, non_blocking=True)
             for name in self.__dataclass_fields__
             if name not in ("keys", "cu_seqlens_U1", "mel_lengths_U", "weighted_rows")
+            and (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)

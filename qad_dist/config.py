@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from qad_dist.filters import FiltersConfig
 from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.section import Section
+from qad_dist.train_section import TrainConfig
 from shards.errors import ConfigError
 from shards.schema import SPLITS
 
@@ -166,72 +167,6 @@ class LabelConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """The ``train:`` section: quantization-aware distillation."""
-
-    deepspeed: str = "configs/deepspeed/zero1.json"
-    """DeepSpeed settings; the file's ``zero_optimization.stage`` (1, 2 or 3) says what is sharded."""
-    steps: int = Field(default=600, ge=1)
-    """Optimizer updates."""
-    micro_batch_tokens: int = Field(default=16_384, ge=256)
-    """Tokens that one rank forwards at once; utterances are packed up to it."""
-    micro_batches_per_step: int = Field(default=8, ge=1)
-    """Micro-batches of a step over all ranks, whatever their number: the global batch."""
-    language_temperature: float = Field(default=1.0, ge=1, le=100)
-    """Above 1, rare languages come more often: a language's share of the audio is its hours to the power of 1/T."""
-    max_hours_per_language: float | None = Field(default=None, gt=0)
-    """Most audio of one language in an epoch; another part of it comes in the next one."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak of the schedule."""
-    final_learning_rate_share: float = Field(default=0.1, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak."""
-    warmup_steps: int = Field(default=50, ge=0)
-    """Linear from 0 to the peak."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled decay; never applied to norms."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm; a longer gradient is scaled down to it."""
-    train_norms: bool = False
-    """Also train the decoder layers' RMSNorm weights."""
-    temperature: float = Field(default=1.0, gt=0, le=20)
-    """Softens both distributions before the KL; 1 distils the teacher's own distribution."""
-    kl_weight: float = Field(default=1.0, ge=0)
-    """Weight of KL(teacher to student) per response token."""
-    ce_weight: float = Field(default=0.0, ge=0)
-    """Weight of the cross-entropy on the teacher's tokens; it pulls the student away from the teacher's doubts."""
-    loss_chunk_rows: int = Field(default=1024, ge=1)
-    """Response rows whose logits exist at once."""
-    evaluate_every: int = Field(default=50, ge=1)
-    """Steps between two looks at the held-out KL, which chooses the student."""
-    evaluate_utterances: int = Field(default=512, ge=1)
-    """Held-out utterances of such a look, at most."""
-    checkpoint_every: int = Field(default=50, ge=1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=2)
-    """Newest checkpoints kept; the newest may be the one that a kill interrupts, so at least 2."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two lines in ``metrics.jsonl``."""
-    resume: str = "auto"
-    """``auto``: the newest complete checkpoint, if any; ``none``: from the start, deleting them all; or a folder."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Also log to these (each needs its package); ``metrics.jsonl`` is always written."""
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ConfigError(
-                f"train.warmup_steps must be below train.steps ({self.steps}), got {self.warmup_steps}; "
-                "50 is enough for a cosine run of 1,000 steps"
-            )
-        if self.kl_weight == 0 and self.ce_weight == 0:
-            raise ConfigError("train.kl_weight and train.ce_weight must not both be 0, got 0 and 0; set one above 0")
-        return self
-
-
 class ScoreConfig(Section):
     """The ``score:`` section: WER, CER and KL of any number of systems on the same utterances."""
 
@@ -283,6 +218,15 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _cached_states_are_stored(self) -> Self:
+        if self.train.teacher == "cached" and not self.label.hidden_states:
+            raise ConfigError(
+                "train.teacher cached needs label.hidden_states true, got false; set it and label again, or set "
+                "train.teacher to online"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

@@ -1,7 +1,13 @@
-"""The frozen LM head that teacher and student share, as it is applied everywhere: to float32 logits."""
+"""The frozen LM head that teacher and student share, as it is applied everywhere: to float32 logits.
+
+Dimension key: R rows, D width, V vocabulary, S a slice of it.
+"""
 
 import torch
 from torch import Tensor
+
+SLICE = 4096
+"""Of the vocabulary at once on a CPU, so that what is between two products stays in its cache."""
 
 
 class FrozenHead:
@@ -12,12 +18,35 @@ class FrozenHead:
     """
 
     def __init__(self, weight_VD: Tensor) -> None:
-        """Take the weight, as it is where a product of its dtype can end in float32 (CUDA), else as a float32 copy."""
+        """Take the weight, as it is where a product of its dtype can be had in float32, else as a float32 copy."""
+        is_bfloat16 = weight_VD.dtype == torch.bfloat16
         self._ends_in_float32 = weight_VD.is_cuda and weight_VD.dtype != torch.float32
-        self._weight_DV = (weight_VD if self._ends_in_float32 else weight_VD.float()).T
+        self._is_in_two = is_bfloat16 and not weight_VD.is_cuda and _multiplies_bfloat16(weight_VD.device)
+        is_kept = self._ends_in_float32 or self._is_in_two
+        self._weight_DV = (weight_VD if is_kept else weight_VD.float()).T
 
     def __call__(self, states_RD: Tensor) -> Tensor:
         """Float32 logits ``[R, V]`` of states ``[R, D]``."""
         if self._ends_in_float32:
             return torch.mm(states_RD, self._weight_DV, out_dtype=torch.float32)
+        if self._is_in_two:
+            return _product_in_two(states_RD.to(torch.bfloat16), self._weight_DV)
         return states_RD.float() @ self._weight_DV
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a CPU has units for it; others take several times as long as for float32."""
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _product_in_two(states_RD: Tensor, weight_DV: Tensor) -> Tensor:
+    """Two bf16 products, the second one of what the first one rounded away: off by 2**-17 of each logit at most.
+
+    The units of a CPU add up in float32, but torch hands out only what is rounded.
+    """
+    logits_RV = states_RD.new_empty((len(states_RD), weight_DV.shape[1]), dtype=torch.float32)
+    for logits_RS, weight_DS in zip(logits_RV.split(SLICE, 1), weight_DV.split(SLICE, 1), strict=True):
+        rounded_RS = states_RD @ weight_DS
+        logits_RS.copy_(rounded_RS)
+        logits_RS += torch.addmm(rounded_RS, states_RD, weight_DS, beta=-1)
+    return logits_RV

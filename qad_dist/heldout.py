@@ -25,6 +25,7 @@ from qad_dist.runtime.world import World
 from shards.labelled import Labelled
 from shards.plan import plan_epoch, share_of_rank
 from shards.schema import HELDOUT
+from shards.stored_states import StoredStates
 from shards.workers import Reader
 
 CHUNK_ROWS = 64
@@ -32,13 +33,14 @@ CHUNK_ROWS = 64
 
 
 def heldout_set(
-    run: RunConfig, teacher: AsrModel, reader: Reader, *, max_utterances: int
+    run: RunConfig, teacher: AsrModel, reader: Reader, *, max_utterances: int, stored: StoredStates | None = None
 ) -> tuple[LabelledSet, Labelled]:
     """The held-out split, or as many of its utterances at equal distances: all languages and shards stay in."""
     labelled = read_used_labels(run, HELDOUT)
     rows = labelled.rows[:: math.ceil(len(labelled.rows) / max_utterances)]
     prompt = teacher.prompt.with_context(run.label.context)
-    return LabelledSet(rows, reader=reader, prompt=prompt, extractor=teacher.extractor), labelled
+    dataset = LabelledSet(rows, reader=reader, prompt=prompt, extractor=teacher.extractor, stored=stored)
+    return dataset, labelled
 
 
 def heldout_batches(

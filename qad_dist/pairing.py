@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qad_dist.asr.decoder import DecoderStack, embed, response_states, run_layer
+from qad_dist.asr.decoder import DecoderStack, EmbeddedBatch, embed, layer_states, run_layer
 from qad_dist.asr.load import AsrModel, load_model
 from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
-from qad_dist.distill.models import TeacherAndStudent
+from qad_dist.distill.models import States, TeacherAndStudent
 from qad_dist.quant.fake_quant import use_fast_fake_quant, without_backend
 from qad_dist.quant.state import (
     QUANTIZATION,
@@ -24,6 +24,7 @@ from qad_dist.quant.state import (
     read_quantization,
 )
 from qad_dist.quant.walk import WalkBatch
+from shards.errors import ModelError
 
 
 def load_student(
@@ -69,21 +70,88 @@ def save_student(student: AsrModel, quantization: Quantization, folder: Path, *,
         )
 
 
-def join_models(teacher: AsrModel, student: AsrModel, student_stack: Any) -> TeacherAndStudent:
+def share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
+    """Check that what is frozen is equal in both models, and keep the teacher's: it exists once on a rank.
+
+    Raises:
+        ModelError: Something differs: the student was made from another model.
+    """
+    theirs, ours = student.model.thinker, teacher.model.thinker
+    parts = {
+        "audio tower": (ours.audio_tower, theirs.audio_tower),
+        "embeddings": (ours.model.embed_tokens, theirs.model.embed_tokens),
+        "final norm": (ours.model.norm, theirs.model.norm),
+        "LM head": (ours.lm_head, theirs.lm_head),
+    }
+    for part, (kept, dropped) in parts.items():
+        weights = dict(dropped.named_parameters())
+        for name, weight in kept.named_parameters():
+            if not torch.equal(weight, weights[name]):
+                raise ModelError(
+                    f"teacher and student must share their {part}, got other values of {name}; run quantize again"
+                )
+    theirs.audio_tower, theirs.lm_head = ours.audio_tower, ours.lm_head
+    theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
+
+
+def check_same_vocabulary(teacher: AsrModel, student: AsrModel) -> None:
+    """See that a teacher of its own size can teach: the same tokens in the same places, in prompts and logits.
+
+    Raises:
+        ModelError: Its vocabulary, prompt or audio features are others.
+    """
+    ours, theirs = teacher.processor, student.processor
+    for what, found, wanted in (
+        ("size of the vocabulary", len(teacher.head_weight_VD), len(student.head_weight_VD)),
+        ("vocabulary", ours.tokenizer.get_vocab(), theirs.tokenizer.get_vocab()),
+        ("prompt", teacher.prompt.build(1), student.prompt.build(1)),
+        ("audio features", teacher.extractor.to_dict(), student.extractor.to_dict()),
+    ):
+        if found != wanted:
+            shown = f"{found} for {wanted}" if isinstance(found, int) else "another one"
+            raise ModelError(
+                f"train.teacher_model must have the {what} of model.path, got {shown} in {teacher.folder}; "
+                "name a teacher of the same family"
+            )
+
+
+def join_models(
+    teacher: AsrModel, student: AsrModel, student_stack: Any, *, is_cached: bool = False, compares_layers: bool = False
+) -> TeacherAndStudent:
     """Put the two models behind the callables that ``distill`` knows.
 
+    Where both have the same LM head, as behind :func:`share_frozen_parts`, one audio tower and one embedding serve
+    both; otherwise each has its own.
+
     Args:
-        teacher: Its audio tower, embeddings, final norm and head serve both.
-        student: Only its layers are used.
+        teacher: What it is distilled from.
+        student: Only its layers are used, if the rest is shared.
         student_stack: A :class:`DecoderStack` of the student's layers, or the engine around one.
+        is_cached: Whether the teacher's hidden states come with the batches.
+        compares_layers: Whether the states behind all layers are wanted; the student's stack must keep them then.
     """
-    teacher_stack, norm = DecoderStack(teacher.decoder.layers), teacher.decoder.norm
+    teacher_stack, norm = DecoderStack(teacher.decoder.layers, keeps_all=compares_layers), student.decoder.norm
+    is_shared = teacher.audio_tower is student.audio_tower
+
+    def states_of(stack: Any, embedded: EmbeddedBatch, norm: torch.nn.Module) -> States:
+        layers = layer_states(stack, embedded)
+        rows_RD = norm(layers[-1].index_select(0, embedded.rows_R))
+        return States(rows_RD, layers if compares_layers else ())
+
+    def of_cache(batch: Batch, _: EmbeddedBatch) -> States:
+        assert batch.teacher_RD is not None, "the batch has no states of the teacher"
+        return States(batch.teacher_RD.to(teacher.head_weight_VD.dtype))
+
+    def of_teacher(batch: Batch, embedded: EmbeddedBatch) -> States:
+        return states_of(teacher_stack, embedded if is_shared else embed(teacher, batch), teacher.decoder.norm)
+
     return TeacherAndStudent(
-        embed=lambda batch: embed(teacher, batch),
-        teacher_states=lambda embedded: response_states(teacher_stack, embedded, norm),
-        student_states=lambda embedded: response_states(student_stack, embedded, norm),
-        head_VD=teacher.head_weight_VD,
-        device=teacher.device,
+        embed=lambda batch: embed(student, batch),
+        teacher_states=of_cache if is_cached else of_teacher,
+        student_states=lambda embedded: states_of(student_stack, embedded, norm),
+        head_VD=student.head_weight_VD,
+        teacher_head_VE=None if is_shared else teacher.head_weight_VD,
+        device=student.device,
     )
 
 

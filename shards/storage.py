@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,9 +69,15 @@ def atomic_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(temporary: Path, path: Path) -> None:
-    """Hash ``temporary``, write its manifest, sync it to disk and rename it to ``path``, replacing what is there."""
-    write_manifest(temporary)
+def publish_folder(temporary: Path, path: Path, *, hashes: Mapping[str, str] | None = None) -> None:
+    """Hash ``temporary``, write its manifest, sync it to disk and rename it to ``path``, replacing what is there.
+
+    Args:
+        temporary: Beside ``path``.
+        path: What it is to be called.
+        hashes: Hex sha256 of files whose writers have hashed them, by name.
+    """
+    write_manifest(temporary, hashes=hashes)
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             sync(file)
@@ -102,10 +108,14 @@ def settle_interrupted(folder: Path) -> None:
             temporary.unlink()
 
 
-def write_manifest(folder: Path) -> None:
-    """Write :data:`MANIFEST` with size and sha256 of every file below ``folder``."""
+def write_manifest(folder: Path, *, hashes: Mapping[str, str] | None = None) -> None:
+    """Write :data:`MANIFEST` with size and sha256 of every file below ``folder``; those in ``hashes`` are not read."""
+    known = hashes or {}
     files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        (name := str(file.relative_to(folder))): {
+            "bytes": file.stat().st_size,
+            "sha256": known[name] if name in known else sha256_file(file),
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }

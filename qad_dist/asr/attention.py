@@ -1,11 +1,12 @@
 """Attention over segments: the one function by which the audio tower and the decoder attend.
 
 Many sequences of unequal length stand in one packed row. Each attends to itself only: the audio tower within its
-8-second windows, the decoder causally within its utterance. The row is gathered into ``[S, L]`` (one line per segment,
-padded to the longest), attended by torch's SDPA, and scattered back; the number of operators does not depend on the
-number of segments.
+8-second windows, the decoder causally within its utterance. Segments of similar length form a group: it is gathered
+into ``[G, L]`` (one line per segment, padded to its longest), attended by torch's SDPA, and scattered back. The number
+of operators does not depend on the number of segments, and most segments are padded to less than twice their length.
 
-Dimension key: S segments, L longest segment, T packed positions, H query heads, K key-value heads, E head width.
+Dimension key: S segments, G segments of a group, L longest of a group, T packed positions, H query heads, K key-value
+heads, E head width.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,27 @@ SEGMENT_ATTENTION = "qad_segments"
 """Name under which transformers finds :func:`segment_attention`."""
 
 
+NUM_GROUPS = 3
+"""The longest down to half their length, those down to a quarter of it, and the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGroup:
+    """Segments that are padded to the same length."""
+
+    gather_GL: Tensor
+    """int64: packed position of each cell; padding cells point at position 0 and are masked."""
+    mask_G1LL: Tensor
+    """bool: which keys a query may see. Padding queries see their segment's first key, so that no row is empty."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where each position of a packed row goes in the padded ``[S, L]`` layout, and back. Built once per batch."""
+    """Where each position of a packed row goes in the padded layouts, and back. Built once per batch."""
 
-    gather_SL: Tensor
-    """int64: packed position of each cell; padding cells point at position 0 and are masked."""
+    groups: tuple[SegmentGroup, ...]
     scatter_T: Tensor
-    """int64: cell (flattened) of each packed position."""
-    mask_S1LL: Tensor
-    """bool: which keys a query may see. Padding queries see their segment's first key, so that no row is empty."""
+    """int64: cell of each packed position, the flattened groups standing one behind the other."""
 
     @classmethod
     def from_lengths(cls, lengths_S: Tensor, *, causal: bool, device: torch.device) -> "Segments":
@@ -41,19 +53,49 @@ class Segments:
             lengths_S: int64 on the host, each at least 1; their sum is T.
             causal: Whether a position sees only itself and earlier ones.
             device: Where the layout is used.
+
+        Returns:
+            Always :data:`NUM_GROUPS` groups of at least two segments and positions, empty ones where there are not so
+            many: compilers take a size of 0 or 1 for a constant, and would make another graph for it.
         """
-        longest = int(lengths_S.max())
+        num_positions = int(lengths_S.sum())
         starts_S = F.pad(lengths_S.cumsum(0), (1, 0))[:-1]
-        within_L = torch.arange(longest)
-        valid_SL = within_L < lengths_S[:, None]
-        gather_SL = torch.where(valid_SL, starts_S[:, None] + within_L, 0)
-        scatter_T = valid_SL.flatten().nonzero().squeeze(1)
-        mask_S1LL = valid_SL[:, None, None, :]
-        if causal:
-            mask_S1LL = mask_S1LL & (within_L[:, None] >= within_L)
-        else:
-            mask_S1LL = mask_S1LL.expand(-1, 1, longest, -1)
-        return cls(gather_SL.to(device), scatter_T.to(device), mask_S1LL.to(device))
+        group_S = _groups_of(lengths_S)
+        groups: list[SegmentGroup] = []
+        scatter_T, num_cells = torch.empty(num_positions, dtype=torch.int64), 0
+        for number in range(NUM_GROUPS):
+            is_in_S = group_S == number
+            lengths_G, starts_G = lengths_S[is_in_S], starts_S[is_in_S]
+            missing = max(0, 2 - len(lengths_G))
+            lengths_G, starts_G = F.pad(lengths_G, (0, missing)), F.pad(starts_G, (0, missing))
+            within_L = torch.arange(max(2, int(lengths_G.max())))
+            valid_GL = within_L < lengths_G[:, None]
+            positions_GL = torch.where(valid_GL, starts_G[:, None] + within_L, 0)
+            cells = valid_GL.flatten().nonzero().squeeze(1)
+            scatter_T[positions_GL.flatten()[cells]] = num_cells + cells
+            num_cells += valid_GL.numel()
+            mask_G1LL = _mask(lengths_G, within_L, causal=causal)
+            groups.append(SegmentGroup(positions_GL.to(device), mask_G1LL.to(device)))
+        return cls(tuple(groups), scatter_T.to(device))
+
+
+def _groups_of(lengths_S: Tensor) -> Tensor:
+    """0 for lengths above half the longest, 1 above a quarter, and so on; the next longest joins one that is alone."""
+    longest = lengths_S.max()
+    group_S = torch.stack([2**power * lengths_S <= longest for power in range(1, NUM_GROUPS)]).sum(0)
+    for number in range(NUM_GROUPS - 1):
+        shorter_S = group_S > number
+        if int((group_S == number).sum()) == 1 and shorter_S.any():
+            group_S[torch.where(shorter_S, lengths_S, 0).argmax()] = number
+    return group_S
+
+
+def _mask(lengths_G: Tensor, within_L: Tensor, *, causal: bool) -> Tensor:
+    # Of an empty segment one key is seen: a softmax over nothing would bring NaN to the gradients.
+    seen_G11L = (within_L < lengths_G.clamp(min=1)[:, None])[:, None, None, :]
+    if causal:
+        return seen_G11L & (within_L[:, None] >= within_L)
+    return seen_G11L.expand(-1, 1, len(within_L), -1)
 
 
 def segment_attention(
@@ -83,26 +125,27 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query_1HTE, key_1KTE, value_1KTE, attention_mask, scaling=scaling, **kwargs
         )
-    padded = (_to_segments(states[0], segments) for states in (query_1HTE, key_1KTE, value_1KTE))
-    query_SHLE, key_SKLE, value_SKLE = padded
     # Repeated, not `enable_gqa`: with a mask, CUDA has only its slowest kernel for that, which keeps all scores.
-    queries_per_key = query_SHLE.shape[1] // key_SKLE.shape[1]
-    output_SHLE = F.scaled_dot_product_attention(
-        query_SHLE,
-        key_SKLE.repeat_interleave(queries_per_key, dim=1),
-        value_SKLE.repeat_interleave(queries_per_key, dim=1),
-        attn_mask=segments.mask_S1LL,
-        scale=scaling,
-    )
-    output_THE = output_SHLE.transpose(1, 2).flatten(0, 1).index_select(0, segments.scatter_T)
+    queries_per_key = query_1HTE.shape[1] // key_1KTE.shape[1]
+    key_1HTE, value_1HTE = (states.repeat_interleave(queries_per_key, dim=1) for states in (key_1KTE, value_1KTE))
+    parts = []
+    for group in segments.groups:
+        query_GHLE, key_GHLE, value_GHLE = (
+            _to_group(states[0], group.gather_GL) for states in (query_1HTE, key_1HTE, value_1HTE)
+        )
+        output_GHLE = F.scaled_dot_product_attention(
+            query_GHLE, key_GHLE, value_GHLE, attn_mask=group.mask_G1LL, scale=scaling
+        )
+        parts.append(output_GHLE.transpose(1, 2).flatten(0, 1))
+    output_THE = torch.cat(parts).index_select(0, segments.scatter_T)
     return output_THE.unsqueeze(0), None
 
 
-def _to_segments(states_HTE: Tensor, segments: Segments) -> Tensor:
-    """``[H, T, E]`` to ``[S, H, L, E]``."""
-    num_segments, longest = segments.gather_SL.shape
-    states_HSLE = states_HTE.index_select(1, segments.gather_SL.flatten()).unflatten(1, (num_segments, longest))
-    return states_HSLE.transpose(0, 1)
+def _to_group(states_HTE: Tensor, gather_GL: Tensor) -> Tensor:
+    """``[H, T, E]`` to ``[G, H, L, E]``."""
+    num_segments, longest = gather_GL.shape
+    states_HGLE = states_HTE.index_select(1, gather_GL.flatten()).unflatten(1, (num_segments, longest))
+    return states_HGLE.transpose(0, 1)
 
 
 def register() -> None:

@@ -36,15 +36,59 @@ class DecoderStack(nn.Module):
     LM head stay outside, so that nothing frozen is ever sharded.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
-        super().__init__()
-        self.layers = layers
+    def __init__(self, layers: nn.ModuleList, *, keeps_all: bool = False) -> None:
+        """Take the layers.
 
-    def forward(self, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> Tensor:
-        """Run all layers; returns ``[N, D]`` before the final norm."""
+        Args:
+            layers: Of a decoder.
+            keeps_all: Whether the states behind all of them are wanted, not only those behind the last.
+        """
+        super().__init__()
+        self.layers, self.keeps_all = layers, keeps_all
+
+    def forward(self, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+        """Run all layers; returns ``[N, D]`` behind each, or behind the last alone, before the final norm."""
+        # A copy, not a view: a compiled layer looks at what a view is of, and the first one would need its own graph.
+        hidden_1ND = torch.stack([hidden_ND])
+        is_compiled = getattr(self.layers[0], "_compiled_call_impl", None) is not None
+        states: list[Tensor] = []
         for layer in self.layers:
-            hidden_ND = run_layer(layer, hidden_ND, cos_1NE, sin_1NE, segments)
-        return hidden_ND
+            if is_compiled:
+                _mark_lengths(hidden_1ND, cos_1NE, sin_1NE, segments)
+            hidden_1ND = layer(
+                hidden_1ND, position_embeddings=(cos_1NE, sin_1NE), attention_mask=None, segments=segments
+            )
+            if self.keeps_all or layer is self.layers[-1]:
+                states.append(hidden_1ND.squeeze(0))
+        return tuple(states)
+
+
+def compile_layers(*stacks: nn.ModuleList) -> None:
+    """Compile each layer in place: names of modules and weights stay, and all layers that play one part share a graph.
+
+    One graph each for a teacher's layers, a student's first one (its input needs no gradient) and its others; as many
+    again where gradients are off. Batches of any number of tokens and utterances go through them.
+    """
+    import torch._dynamo  # takes seconds
+
+    # Teacher and student share their code, and with it this limit, 8 by default.
+    torch._dynamo.config.recompile_limit = 16
+    for layers in stacks:
+        for layer in layers:
+            layer.compile(fullgraph=True)
+
+
+def _mark_lengths(hidden_1ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> None:
+    """Tell the compiler which sizes differ from batch to batch."""
+    from torch._dynamo import maybe_mark_dynamic  # takes seconds to import
+
+    for tensor, sizes in (
+        *((hidden_1ND, [1]), (cos_1NE, [1]), (sin_1NE, [1])),
+        (segments.scatter_T, [0]),
+        *((group.gather_GL, [0, 1]) for group in segments.groups),
+        *((group.mask_G1LL, [0, 2, 3]) for group in segments.groups),
+    ):
+        maybe_mark_dynamic(tensor, sizes)
 
 
 def run_layer(layer: nn.Module, hidden_ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> Tensor:
@@ -80,5 +124,9 @@ def response_states(stack: Any, embedded: EmbeddedBatch, norm: nn.Module) -> Ten
         embedded: From :func:`embed`.
         norm: The shared final norm.
     """
-    hidden_ND = stack(embedded.hidden_ND, embedded.cos_1NE, embedded.sin_1NE, embedded.segments)
-    return norm(hidden_ND.index_select(0, embedded.rows_R))
+    return norm(layer_states(stack, embedded)[-1].index_select(0, embedded.rows_R))
+
+
+def layer_states(stack: Any, embedded: EmbeddedBatch) -> tuple[Tensor, ...]:
+    """What :meth:`DecoderStack.forward` returns; arguments as of :func:`response_states`."""
+    return stack(embedded.hidden_ND, embedded.cos_1NE, embedded.sin_1NE, embedded.segments)

@@ -2,11 +2,17 @@
 
 ``L = sum_r  w_kl[r] * T^2 * KL(teacher_r || student_r)  +  w_ce[r] * CE(target_r, student_r)``
 
+with both distributions softened by T in the KL; ``reverse`` is KL(student_r || teacher_r) instead. The gradient with
+respect to the student's logits z is, with p of the student and q of the teacher,
+
+    forward   w_kl * T * (p_T - q_T)                            +  w_ce * (p_1 - onehot)
+    reverse   w_kl * T * p_T * (log p_T - log q_T - KL_T)       +  w_ce * (p_1 - onehot)
+
 The head is frozen, so the gradient with respect to the student's hidden states is all that backward needs. It is
 computed chunk by chunk in the forward pass, while the chunk's probabilities exist, and no gradient of the head's
 weight is formed: nothing of size [R, V] outlives a chunk.
 
-Dimension key: R response rows, C rows of a chunk, V vocabulary, D width.
+Dimension key: R response rows, C rows of a chunk, V vocabulary, D width, E the teacher's width.
 """
 
 from dataclasses import dataclass
@@ -52,27 +58,34 @@ def distillation_loss(
     targets_R: Tensor,
     *,
     kl_weight_R: Tensor,
-    ce_weight_R: Tensor,
+    ce_weight_R: Tensor | None,
     temperature: float,
     chunk_rows: int,
+    divergence: str = "forward",
+    teacher_head_VE: Tensor | None = None,
 ) -> LossSums:
     """Sum of the weighted KL and cross-entropy over response rows.
 
     Args:
         student_RD: Hidden states behind the final norm; the only input that gets a gradient.
-        teacher_RD: The teacher's at the same rows.
+        teacher_RD: The teacher's at the same rows, of its own width E if it has a head of its own.
         head_VD: The frozen LM head that both share.
         targets_R: int64, the teacher's tokens.
         kl_weight_R: float32, lambda included; 0 leaves a row out of the KL.
-        ce_weight_R: float32, lambda included.
+        ce_weight_R: float32, lambda included; None where the cross-entropy is measured and not learned from.
         temperature: Divides both logits in the KL, > 0. The factor T^2 keeps the gradient's size.
         chunk_rows: Rows whose logits exist at once.
+        divergence: ``forward`` or ``reverse``.
+        teacher_head_VE: The teacher's LM head, where it is another one.
 
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
+    assert divergence in ("forward", "reverse"), divergence
+    teacher_head = None if teacher_head_VE is None else teacher_head_VE.detach()
     loss, kl, ce, agreements = _ChunkedDistillation.apply(
-        student_RD, teacher_RD.detach(), head_VD.detach(), targets_R, kl_weight_R, ce_weight_R, temperature, chunk_rows
+        *(student_RD, teacher_RD.detach(), head_VD.detach(), teacher_head, targets_R),
+        *(kl_weight_R, ce_weight_R, temperature, chunk_rows, divergence == "reverse"),
     )
     return LossSums(loss, kl, ce, agreements)
 
@@ -84,29 +97,39 @@ class _ChunkedDistillation(torch.autograd.Function):
         student_RD: Tensor,
         teacher_RD: Tensor,
         head_VD: Tensor,
+        teacher_head_VE: Tensor | None,
         targets_R: Tensor,
         kl_weight_R: Tensor,
-        ce_weight_R: Tensor,
+        ce_weight_R: Tensor | None,
         temperature: float,
         chunk_rows: int,
+        is_reverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = torch.zeros(4, dtype=torch.float32, device=student_RD.device)
         gradient_RD = torch.empty_like(student_RD)
+        has_ce = ce_weight_R is not None
+        ce_weight_R = torch.zeros_like(kl_weight_R) if ce_weight_R is None else ce_weight_R
         counts_R = ((kl_weight_R > 0) | (ce_weight_R > 0)).float()
         head = FrozenHead(head_VD)
+        teacher_head = head if teacher_head_VE is None else FrozenHead(teacher_head_VE)
         for start in range(0, len(targets_R), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            student_CV, teacher_CV = head(student_RD[rows]), head(teacher_RD[rows])
+            student_CV, teacher_CV = head(student_RD[rows]), teacher_head(teacher_RD[rows])
             agrees_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
             # In place where it can be: of a vocabulary of 151,936, each of these takes 0.6 GB at 1,024 rows.
-            log_teacher_CV = F.log_softmax(teacher_CV.div_(temperature), dim=-1)
-            del teacher_CV
-            log_student_CV = F.log_softmax(student_CV / temperature, dim=-1)
-            log_plain_CV = log_student_CV if temperature == 1 else F.log_softmax(student_CV, dim=-1)
+            log_plain_CV = F.log_softmax(student_CV, dim=-1)
+            if temperature == 1:
+                log_student_CV = log_plain_CV
+            else:
+                teacher_CV.div_(temperature)
+                log_student_CV = F.log_softmax(student_CV.div_(temperature), dim=-1)
             del student_CV
-            teacher_probability_CV = log_teacher_CV.exp()
-            kl_C = log_teacher_CV.sub_(log_student_CV).mul_(teacher_probability_CV).sum(-1) * temperature**2
+            log_teacher_CV = F.log_softmax(teacher_CV, dim=-1)
+            del teacher_CV
+            divergence = _reverse if is_reverse else _forward
+            kl_C, gradient_CV = divergence(log_teacher_CV, log_student_CV)
             del log_teacher_CV
+            kl_C = kl_C * temperature**2
             ce_C = -log_plain_CV.gather(1, targets_R[rows, None]).squeeze(1)
             kl_weight_C, ce_weight_C, count_C = kl_weight_R[rows], ce_weight_R[rows], counts_R[rows]
             sums += torch.stack(
@@ -117,9 +140,10 @@ class _ChunkedDistillation(torch.autograd.Function):
                     (count_C * agrees_C).sum(),
                 ]
             )
-            gradient_CV = log_student_CV.exp().sub_(teacher_probability_CV).mul_((kl_weight_C * temperature)[:, None])
-            gradient_CV += log_plain_CV.exp_().mul_(ce_weight_C[:, None])
-            gradient_CV.scatter_add_(1, targets_R[rows, None], -ce_weight_C[:, None])
+            gradient_CV.mul_((kl_weight_C * temperature)[:, None])
+            if has_ce:
+                gradient_CV += log_plain_CV.exp_().mul_(ce_weight_C[:, None])
+                gradient_CV.scatter_add_(1, targets_R[rows, None], -ce_weight_C[:, None])
             gradient_RD[rows] = gradient_CV.to(head_VD.dtype) @ head_VD
         ctx.save_for_backward(gradient_RD)
         loss, kl, ce, agreements = sums.unbind()
@@ -130,19 +154,41 @@ class _ChunkedDistillation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_RD,) = ctx.saved_tensors
         # The factor stays float32: rounded to bf16 it would scale every gradient of a step by up to 0.4 %.
-        return gradient_RD * gradients[0], *([None] * 7)
+        return gradient_RD * gradients[0], *([None] * 10)
+
+
+def _forward(log_teacher_CV: Tensor, log_student_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher to student) of each row, and its gradient by the student's softened logits; uses up the first."""
+    teacher_CV = log_teacher_CV.exp()
+    kl_C = log_teacher_CV.sub_(log_student_CV).mul_(teacher_CV).sum(-1)
+    return kl_C, log_student_CV.exp().sub_(teacher_CV)
+
+
+def _reverse(log_teacher_CV: Tensor, log_student_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(student to teacher), likewise."""
+    student_CV = log_student_CV.exp()
+    excess_CV = log_teacher_CV.neg_().add_(log_student_CV)
+    kl_C = (student_CV * excess_CV).sum(-1)
+    return kl_C, excess_CV.sub_(kl_C[:, None]).mul_(student_CV)
 
 
 @torch.no_grad()
 def row_metrics(
-    student_RD: Tensor, teacher_RD: Tensor, head_VD: Tensor, targets_R: Tensor, *, chunk_rows: int
+    student_RD: Tensor,
+    teacher_RD: Tensor,
+    head_VD: Tensor,
+    targets_R: Tensor,
+    *,
+    chunk_rows: int,
+    teacher_head_VE: Tensor | None = None,
 ) -> RowMetrics:
     """KL, cross-entropy and agreement of each response row at temperature 1, for evaluation."""
     kl, ce, agrees = [], [], []
     head = FrozenHead(head_VD)
+    teacher_head = head if teacher_head_VE is None else FrozenHead(teacher_head_VE)
     for start in range(0, len(targets_R), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        student_CV, teacher_CV = head(student_RD[rows]), head(teacher_RD[rows])
+        student_CV, teacher_CV = head(student_RD[rows]), teacher_head(teacher_RD[rows])
         agrees.append(student_CV.argmax(-1) == teacher_CV.argmax(-1))
         log_student_CV, log_teacher_CV = F.log_softmax(student_CV, dim=-1), F.log_softmax(teacher_CV, dim=-1)
         kl.append((log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1))

@@ -1,7 +1,9 @@
-"""``metrics.jsonl``: one line for each look at the run, never two for one step, however often it was resumed."""
+"""``metrics.jsonl`` and its like: lines of a run by step, never told twice, however often training was resumed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shards.storage import atomic_write
 
@@ -17,7 +19,7 @@ class MetricsFile:
         with atomic_write(path) as file:
             file.write("".join(kept if resumed_step else []).encode())
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append ``{"step": step, **values}``; values must be finite, JSON has no others."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append ``{"step": step, **values}``; JSON-able values, whose numbers must be finite: JSON has no others."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""What distillation needs to know of two models: callables on batches, and the head they share."""
+"""What distillation needs to know of two models: callables on batches, and their heads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +10,28 @@ from torch import Tensor
 from qad_dist.batch import Batch
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a decoder makes of a batch."""
+
+    rows_RD: Tensor
+    """At the response rows, behind the final norm."""
+    layers: tuple[Tensor, ...] = ()
+    """``[N, D]`` behind each layer, where the two models' are to be compared."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherAndStudent:
-    """Two models with the same frozen surroundings."""
+    """Two models, as a rule with the same frozen surroundings."""
 
     embed: Callable[[Batch], Any]
-    """Runs the shared frozen part once; its result goes to both models."""
-    teacher_states: Callable[[Any], Tensor]
-    """``[R, D]`` at the response rows, behind the final norm."""
-    student_states: Callable[[Any], Tensor]
-    """The same of the student; gradients flow when they are on."""
+    """Runs the frozen part in front of the student's decoder; where both share it, its result goes to both."""
+    teacher_states: Callable[[Batch, Any], States]
+    """The teacher's, from a batch and what ``embed`` made of it."""
+    student_states: Callable[[Any], States]
+    """The student's; gradients flow when they are on."""
     head_VD: Tensor
-    """The frozen LM head that both share."""
+    """The frozen LM head of the student."""
     device: torch.device
+    teacher_head_VE: Tensor | None = None
+    """The teacher's, where it is another one."""

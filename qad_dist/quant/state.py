@@ -225,6 +225,39 @@ def fold_weights(model: nn.Module) -> None:
     mtq.fold_weight(model)
 
 
+@torch.no_grad()
+def fold_from(folded: nn.ModuleList, trained: nn.ModuleList, weights: Mapping[str, Tensor]) -> None:
+    """Put weights into a copy that decodes, to the last bit as :func:`fold_weights` of a student that has them.
+
+    Args:
+        folded: Layers of a second copy of the student, behind :func:`fold_weights`: it has no weight quantizers left.
+        trained: Layers of the student, on the same device. Only its quantizers are read: of its weights a rank may hold
+            a part.
+        weights: Whole weights by their names below the layers, ``0.self_attn.q_proj.weight``; on any device, of any
+            float dtype. They may come layer by layer: what is not among them stays as it is.
+
+    Raises:
+        ModelError: The copy has no weight of a name, or one of another shape.
+    """
+    targets = dict(folded.named_parameters())
+    for name, weight in weights.items():
+        target = targets.get(name)
+        if target is None or target.shape != weight.shape:
+            has = "none of that name" if target is None else tuple(target.shape)
+            raise ModelError(
+                f"{name} must fit the copy that decodes, got shape {tuple(weight.shape)} where it has {has}; "
+                "copy the student that is trained"
+            )
+        # Rounded as the student's own weight would be before it is quantized.
+        values = weight.to(target.device, target.dtype)
+        owner, _, kind = name.rpartition(".")
+        quantizer = getattr(trained.get_submodule(owner), f"{kind}_quantizer", None)
+        if quantizer is not None:
+            # Not called as a module: an engine's hooks would take it for a step of training.
+            values = quantizer.forward(values.float().contiguous())
+        target.copy_(values)
+
+
 def served_bytes(model: Any) -> int:
     """Bytes of the model's weights as they are served: codes with one float32 scale for each amax, the rest bf16.
 

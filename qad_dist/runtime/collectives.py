@@ -10,6 +10,16 @@ from shards.errors import QadError, WorldError
 Value = TypeVar("Value")
 
 
+def own_rank() -> int:
+    """Of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """Of the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def barrier() -> None:
     """Wait for every rank."""
     all_gather_objects(None)

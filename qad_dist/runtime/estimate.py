@@ -13,8 +13,8 @@ from shards.errors import ModelError
 BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 MEMORY_FORMULA = (
-    "shared frozen parts + teacher's decoder + student's decoder [/ ranks under ZeRO-3] "
-    "+ fp32 gradients [/ ranks under ZeRO-2, 3] + fp32 master, m and v / ranks + activations + logits"
+    "shared frozen parts + teacher's decoder + student's decoder [/ ranks under ZeRO-3] + its copy that decodes "
+    "+ fp32 gradients [/ ranks under ZeRO-2, 3] + fp32 master, m and v [/ ranks under ZeRO] + activations + logits"
 )
 
 # FLAC of speech at 16 kHz and 16 bit; 32,000 bytes a second before it.
@@ -65,7 +65,7 @@ def model_size(config: dict[str, Any]) -> ModelSize:
 
 
 def memory_per_rank(run: RunConfig, size: ModelSize, *, zero_stage: int, world_size: int) -> dict[str, float]:
-    """Bytes of each part of :data:`MEMORY_FORMULA` on one rank during training."""
+    """Bytes of each part of :data:`MEMORY_FORMULA` on one rank during training; stage 0 shards nothing."""
     each = BYTES_OF[run.model.dtype]
     decoder, tokens = size.decoder_weights, run.train.micro_batch_tokens
     # What autograd keeps of one layer for one token: norms, q, k, v, attention, gate, up and their product, each once
@@ -73,10 +73,11 @@ def memory_per_rank(run: RunConfig, size: ModelSize, *, zero_stage: int, world_s
     kept_per_token = 2 * size.decoder_layers * (8 * size.hidden + 5 * size.intermediate)
     return {
         "shared frozen parts": size.shared_weights * each,
-        "teacher's decoder": decoder * each,
+        "teacher's decoder": 0 if run.train.teacher == "cached" else decoder * each,
         "student's decoder": decoder * each / (world_size if zero_stage == 3 else 1),
+        "copy that decodes": decoder * each if run.train.decode_utterances else 0,
         "gradients": decoder * 4 / (world_size if zero_stage >= 2 else 1),
-        "master, m and v": decoder * 12 / world_size,
+        "master, m and v": decoder * 12 / (world_size if zero_stage >= 1 else 1),
         "activations": tokens * kept_per_token * each,
         # Logits of both models, their log-softmax, and the gradient, in fp32.
         "logits": run.train.loss_chunk_rows * size.vocabulary * 4 * 5,
@@ -86,8 +87,8 @@ def memory_per_rank(run: RunConfig, size: ModelSize, *, zero_stage: int, world_s
 def disk_of_stages(run: RunConfig, size: ModelSize | None, *, hours: float | None) -> dict[str, float | None]:
     """Bytes that each stage leaves in the run folder; None where model or hours are unknown."""
     weights = None if size is None else (size.decoder_weights + size.shared_weights) * BYTES_OF[run.model.dtype]
-    # A checkpoint: the student's decoder and its fp32 master, m and v. The newest ones, the best, one being written.
-    checkpoint = None if size is None else size.decoder_weights * (BYTES_OF[run.model.dtype] + 12)
+    # A checkpoint: fp32 master, m and v of the decoder. The newest ones, one being written, and the best student.
+    checkpoint = None if size is None else size.decoder_weights * 12
     return {
         "pack": None if hours is None else hours * 3600 * 32_000 * _FLAC_SHARE,
         "label": None if hours is None else hours * _LABEL_BYTES_PER_HOUR,

@@ -1,8 +1,11 @@
-"""How far a rank is with its audio: one line now and then, from every rank, in a log file as on a terminal."""
+"""How far a rank is: with its audio, one line now and then, from every rank; with its steps, from one of them."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable
+
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -52,3 +55,39 @@ class Progress:
             "event=progress stage=%s utterances=%d audio_hours=%.3f rtfx=%.1f left_hours=%.3f eta_seconds=%s",
             *(self._stage, self.num_utterances, self.audio_seconds / 3600, self.rtfx, left / 3600, eta),
         )
+
+
+class StepProgress:
+    """Steps that are done: a bar on a terminal; elsewhere a line at most every 30 seconds."""
+
+    def __init__(self, stage: str, *, done: int, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin now.
+
+        Args:
+            stage: Its name.
+            done: Steps that an earlier start has done.
+            steps: All of them.
+            clock: Seconds; only their differences count.
+        """
+        self._stage, self._steps, self._first, self._clock = stage, steps, done, clock
+        self._begun = self._told = clock()
+        self._bar = tqdm(
+            total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def advance(self, step: int) -> None:
+        """This step is done."""
+        self._bar.update(step - self._bar.n if not self._bar.disable else 0)
+        present = self._clock()
+        if not self._bar.disable or present - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._told = present
+        seconds = (present - self._begun) / max(step - self._first, 1)
+        log.info(
+            "event=progress stage=%s step=%d/%d seconds_per_step=%.2f eta_seconds=%.0f",
+            *(self._stage, step, self._steps, seconds, seconds * (self._steps - step)),
+        )
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()

@@ -36,7 +36,7 @@ READS = {
 WITHOUT_EFFECT = {
     "pack": {"processes", "max_rejected_share"},
     "label": {"stale_seconds", "vllm_url", "vllm_python"},
-    "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints"},
+    "train": {"resume", "trackers", "log_every", "checkpoint_every", "keep_checkpoints", "preflight"},
 }
 """Settings that change how fast, loud or strict a stage is, not what it makes when it succeeds."""
 
@@ -193,7 +193,7 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
         return {path: _identity(Path(path), as_of) or packed.get(path, "") for path in sources}
     paths = [run.model.path]
     if stage == "train":
-        paths.append(run.train.deepspeed)
+        paths += [path for path in (run.train.deepspeed, run.train.teacher_model) if path is not None]
     if stage == "score":
         paths += run.score.systems.values()
     return {path: _contents(Path(path)) for path in paths}

@@ -9,6 +9,15 @@ from shards.errors import ConfigError
 ZERO_STAGES = (1, 2, 3)
 
 
+def zero_stage(path: str | None) -> int:
+    """What ``train.deepspeed`` shards: optimizer (1), gradients too (2), weights too (3), or nothing (0, for None).
+
+    Raises:
+        ConfigError: As :func:`read_deepspeed_settings`.
+    """
+    return 0 if path is None else read_deepspeed_settings(path)["zero_optimization"]["stage"]
+
+
 def read_deepspeed_settings(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check what the engine relies on.
 
@@ -34,8 +43,18 @@ def read_deepspeed_settings(path: str) -> dict[str, Any]:
         if settings.get(name, 1) != 1:
             remedy = "remove it and set train.micro_batches_per_step and train.micro_batch_tokens"
             raise ConfigError(f"{path}: {name} must be 1, got {settings[name]!r}; {remedy}")
-    if zero.get("compute_grad_norm", True) is not True:
-        raise ConfigError(
-            f"{path}: zero_optimization.compute_grad_norm must be true, got {zero['compute_grad_norm']!r}; remove it"
-        )
+    for name in ("compute_grad_norm", "offload_optimizer", "offload_param", "zenflow"):
+        if name in zero:
+            raise ConfigError(
+                f"{path}: zero_optimization.{name} must be left to the engine, got {zero[name]!r}; remove it"
+            )
+    data_types = settings.get("data_types")
+    accumulated = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
+    # Else gradients would be added up, over micro-batches or ranks, in the dtype of the weights.
+    for name, found in (
+        ("data_types.grad_accum_dtype", accumulated),
+        ("communication_data_type", settings.get("communication_data_type")),
+    ):
+        if found != "fp32":
+            raise ConfigError(f"{path}: {name} must be 'fp32', got {found!r}; see configs/deepspeed")
     return settings

@@ -18,7 +18,7 @@ from qad_dist.runtime import machine
 from qad_dist.runtime.estimate import disk_of_stages, model_size
 from qad_dist.runtime.machine import FAIL, OK, WARN, Finding, guarded
 from qad_dist.runtime.world import current_world, device_for
-from qad_dist.runtime.zero import read_deepspeed_settings
+from qad_dist.runtime.zero import zero_stage
 from shards.errors import AudioError, ModelError
 from shards.schema import SAMPLE_RATE_HZ, Recording
 from shards.storage import read_json
@@ -52,7 +52,7 @@ def dry_run(run: RunConfig) -> None:
     """Say what would be looked at; no package, model or audio is loaded."""
     sys.stdout.write(
         f"machine: pinned versions; {', '.join(machine.IMPORTS)} import in a fresh process; GPUs; "
-        f"{run.folder} can be written to and has space; {run.train.deepspeed} names a ZeRO stage\n"
+        f"{run.folder} can be written to and has space; train.deepspeed names a ZeRO stage, or none\n"
         f"model {run.model.path}: files; every weight of its config; 7 Linear layers in each decoder layer; tied head; "
         "token ids; chat template\n"
         "against qwen-asr: prompt, log-mel and number of audio tokens for short and long utterances; "
@@ -76,8 +76,8 @@ def _look(run: RunConfig) -> Iterator[Finding]:
 
 
 def _deepspeed_file(run: RunConfig) -> Iterator[Finding]:
-    stage = read_deepspeed_settings(run.train.deepspeed)["zero_optimization"]["stage"]
-    yield Finding(OK, "deepspeed", f"{run.train.deepspeed}: ZeRO-{stage}")
+    stage = zero_stage(run.train.deepspeed)
+    yield Finding(OK, "deepspeed", f"{run.train.deepspeed}: ZeRO-{stage}" if stage else "not used: nothing is sharded")
 
 
 def _model(run: RunConfig) -> Iterator[Finding]:

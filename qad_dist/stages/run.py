@@ -19,7 +19,7 @@ from qad_dist.config import RunConfig
 from qad_dist.runtime.estimate import MEMORY_FORMULA, ModelSize, disk_of_stages, memory_per_rank, model_size
 from qad_dist.runtime.record import STAGES, is_finished
 from qad_dist.runtime.world import count_gpus, program_environment
-from qad_dist.runtime.zero import read_deepspeed_settings
+from qad_dist.runtime.zero import zero_stage
 from qad_dist.text.table import SCORE, score_table
 from qad_dist.text.usage import usage
 from shards.audio import estimate_seconds
@@ -212,11 +212,12 @@ def _model_size(config: RunConfig) -> ModelSize | None:
 def _memory_lines(config: RunConfig, size: ModelSize | None, world_size: int) -> list[str]:
     if size is None:
         return [f"memory of a rank: unknown until {config.model.path} is downloaded"]
-    stage = read_deepspeed_settings(config.train.deepspeed)["zero_optimization"]["stage"]
+    stage = zero_stage(config.train.deepspeed)
     parts = memory_per_rank(config, size, zero_stage=stage, world_size=world_size)
     told = [f"  {name}: {_readable(value)}" for name, value in parts.items()]
     total = _readable(sum(parts.values()))
-    head = f"memory of a rank in training: {total} ({world_size} ranks, ZeRO-{stage}, {config.model.dtype})"
+    sharding = f"ZeRO-{stage}" if stage else "nothing sharded"
+    head = f"memory of a rank in training: {total} ({world_size} ranks, {sharding}, {config.model.dtype})"
     return [head, f"  = {MEMORY_FORMULA}", *told]
 
 

@@ -1,114 +1,149 @@
-"""Training that was killed and started again ends with the bits of training that was not."""
+"""Training that was killed and started again, or moved to other ranks, ends as training that was not."""
 
 import json
 import shutil
-import signal
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.helpers.digits import DigitsRun
-from tests.helpers.launching import LIMIT_SECONDS, Ended, Started, launch_command
+from tests.helpers.forking import ForkServer
+from tests.helpers.launching import LIMIT_SECONDS, ROOT, Ended, Started, launch_command
 
 LAST = "step-000006"
 END_SECONDS = 120
 """Within which all processes are gone when one rank was killed. The launcher gives the other ranks 30 s."""
 
-TIMES = ("tokens_per_second", "audio_seconds_per_second", "seconds_per_step")
+# In the order of a run, so that each start comes to its point: what is killed, and the step to go on from.
+KILLS = [
+    ("train.after_read,step=1,rank=1", 0),
+    ("checkpoint.after_gather,step=2,rank=0", 0),
+    ("checkpoint.before_part,step=2,rank=1", 0),
+    ("checkpoint.after_part,step=2,rank=0", 0),
+    ("checkpoint.before_publish,step=2,rank=0", 0),
+    ("checkpoint.after_publish,step=2,rank=0", 2),
+    ("train.after_forward,step=2,rank=1", 2),
+    ("train.after_backward,step=3,rank=0", 2),
+    ("train.after_step,step=5,rank=1", 4),
+]
+ELASTIC = ["train.ce_weight=1", "train.keep_checkpoints=4"]
+"""Far from 0 a loss does not follow every rounding of a quantized weight; the KL of these students would."""
 
 
 @dataclass(frozen=True, slots=True)
-class Killed:
-    """A start that was ended by the death of one rank."""
+class Start:
+    """What one start of training left."""
 
-    checkpoints: list[str]
-    """Complete ones, afterwards."""
-    code: int
+    codes: list[int]
+    """Of the ranks."""
     log: str
-    seconds_to_end: float
+    """Of rank 0."""
+    complete: list[str]
+    """Checkpoints, afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
-    """Training in three starts: killed behind step 2, killed behind step 4, finished."""
+class Trained:
+    """A run folder and the starts that made it, the last of which came to the end."""
 
     folder: Path
-    killed: list[Killed]
-    log: str
+    starts: list[Start]
 
 
-def start_training(digits: DigitsRun, run: Path, output: Path, *settings: str) -> Started:
-    arguments = ["--config", str(digits.config), "--set", f"run={run}", *settings]
-    return Started(launch_command("launch/train.py", *arguments, ranks=2), folder=output)
+def start(
+    forks: ForkServer,
+    digits: DigitsRun,
+    run: Path,
+    *settings: str,
+    ranks: int = 2,
+    kill: str | None = None,
+) -> Start:
+    """Train until the end, or until the rank that the kill names is dead."""
+    point, _, rank = (kill or "").rpartition(",rank=")
+    faults = {int(rank): f"kill@{point}"} if kill else {}
+    arguments = ["--config", digits.config, "--set", f"run={run}", *settings]
+    ended = forks.start("train", *arguments, ranks=ranks, faults=faults).wait()
+    return Start([rank.code for rank in ended], ended[0].stderr, complete_checkpoints(run))
 
 
 def complete_checkpoints(run: Path) -> list[str]:
     return sorted(path.parent.name for path in (run / "train").glob("step-*/manifest.json"))
 
 
-def kill_a_rank_behind(checkpoint: str, digits: DigitsRun, run: Path, output: Path) -> Killed:
-    """Start training and kill rank 1 as soon as ``checkpoint`` is published."""
-    with start_training(digits, run, output) as started:
-        victim = started.rank(1, limit_seconds=LIMIT_SECONDS)
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while checkpoint not in complete_checkpoints(run):
-            assert time.monotonic() < deadline, f"no {checkpoint} after {LIMIT_SECONDS} s"
-            assert started.process.poll() is None, "training ended before it could be killed"
-            time.sleep(0.005)
-        victim.send_signal(signal.SIGKILL)
-        killed_at = time.monotonic()
-        ended = started.wait(LIMIT_SECONDS + END_SECONDS)
-        seconds = time.monotonic() - killed_at
-    return Killed(complete_checkpoints(run), ended.code, ended.stderr, seconds)
+@pytest.fixture(scope="module")
+def killed_everywhere(forks, digits, two_rank_run, tmp_path_factory) -> Trained:
+    """Killed at every point of a step and of a checkpoint, one after the other."""
+    run = two_rank_run.copy_to(tmp_path_factory.mktemp("killed") / "run", "pack", "label", "quantize")
+    starts = [start(forks, digits, run, kill=point) for point, _ in KILLS]
+    # As a kill leaves a checkpoint that comes between the two renames of its publication.
+    newest = run / "train" / starts[-1].complete[-1]
+    newest.rename(newest.with_name(f".{newest.name}.0a1b2c3d.old"))
+    starts.append(start(forks, digits, run))
+    assert starts[-1].codes == [0, 0], starts[-1].log
+    return Trained(run, starts)
 
 
 @pytest.fixture(scope="module")
-def resumed(digits, two_rank_run, tmp_path_factory) -> Resumed:
-    folder = tmp_path_factory.mktemp("resumed")
+def launched(digits, two_rank_run, tmp_path_factory) -> tuple[Path, list[Ended]]:
+    """By accelerate, as a user does: one rank killed in its fourth step, then once more to the end."""
+    folder = tmp_path_factory.mktemp("launched")
     run = two_rank_run.copy_to(folder / "run", "pack", "label", "quantize")
-    killed = [kill_a_rank_behind(name, digits, run, folder / "output") for name in ("step-000002", "step-000004")]
-    with start_training(digits, run, folder / "output") as started:
-        ended = started.wait(LIMIT_SECONDS)
-    assert ended.code == 0, ended.stderr
-    return Resumed(run, killed, ended.stderr)
+    command = launch_command("launch/train.py", "--config", digits.config, "--set", f"run={run}", ranks=2)
+    ended = []
+    for fault in ({"QAD_FAULT": "kill@train.after_backward,step=4,rank=1"}, {}):
+        with Started(command, folder=folder / "output", variables=fault) as started:
+            ended.append(started.wait(LIMIT_SECONDS + END_SECONDS))
+    return run, ended
 
 
 @pytest.fixture(scope="module")
-def sent_back(digits, two_rank_run, tmp_path_factory) -> tuple[Path, str]:
-    """Folder and log of a finished training that was sent back to step 4, checkpoints of a longer one being there."""
-    folder = tmp_path_factory.mktemp("sent-back")
-    run = two_rank_run.copy_to(folder / "run", "pack", "label", "quantize", "train")
+def sent_back(forks, digits, two_rank_run, tmp_path_factory) -> Trained:
+    """A finished training that was sent back to step 4, checkpoints of a longer one being there."""
+    run = two_rank_run.copy_to(tmp_path_factory.mktemp("sent-back") / "run", "pack", "label", "quantize", "train")
     shutil.copytree(run / "train" / LAST, run / "train" / "step-000099")
     settings = [f"train.resume={run}/train/step-000004", "train.checkpoint_every=1"]
-    with start_training(digits, run, folder / "output", *settings) as started:
-        ended = started.wait(LIMIT_SECONDS)
-    assert ended.code == 0, ended.stderr
-    return run, ended.stderr
+    return Trained(run, [start(forks, digits, run, *settings)])
 
 
 @pytest.fixture(scope="module")
-def refused(digits, two_rank_run, tmp_path_factory) -> dict[str, Ended]:
+def uninterrupted(forks, digits, two_rank_run, tmp_path_factory) -> Trained:
+    """Under ZeRO-2 on two ranks, with the settings of those that change ranks or engine on their way."""
+    run = two_rank_run.copy_to(tmp_path_factory.mktemp("uninterrupted") / "run", "pack", "label", "quantize")
+    return Trained(run, [start(forks, digits, run, *ELASTIC)])
+
+
+@pytest.fixture(scope="module", params=["ranks", "engines"])
+def moved(request, forks, digits, uninterrupted, tmp_path_factory) -> Trained:
+    """From its checkpoint of step 2 on: two steps on one rank or under DDP, two on two ranks or under ZeRO-3."""
+    run = tmp_path_factory.mktemp("moved") / "run"
+    shutil.copytree(uninterrupted.folder, run)
+    zero3 = f"train.deepspeed={ROOT / 'configs' / 'deepspeed' / 'zero3.json'}"
+    ranks, first, second = (1, [], []) if request.param == "ranks" else (2, ["train.deepspeed=null"], [zero3])
+    back = [f"train.resume={run}/train/step-000002"]
+    kill = "checkpoint.after_publish,step=4,rank=0"
+    starts = [
+        start(forks, digits, run, *ELASTIC, *back, *first, ranks=ranks, kill=kill),
+        start(forks, digits, run, *ELASTIC, *second),
+    ]
+    return Trained(run, starts)
+
+
+@pytest.fixture(scope="module")
+def refused(forks, digits, two_rank_run, tmp_path_factory) -> dict[str, Ended]:
     """Starts on finished checkpoints that must not be resumed, by what is wrong."""
     folder = tmp_path_factory.mktemp("refused")
-    started = {}
-    for name, settings in (("changed", ["train.learning_rate=2e-4"]), ("ranks", []), ("damaged", [])):
+    ended = {}
+    for name, settings in (("changed", ["train.learning_rate=2e-4"]), ("damaged", [])):
         run = two_rank_run.copy_to(folder / name, "pack", "label", "quantize", "train")
-        if name == "ranks":  # as a kill leaves it that came between the two renames of a publication
-            (run / "train" / LAST).rename(run / "train" / f".{LAST}.0a1b2c3d.old")
         if name == "damaged":
-            flip_a_byte(next((run / "train" / LAST / "engine").glob("*optim_states.pt")))
-        command = [sys.executable, "launch/train.py", "--config", str(digits.config), "--set", f"run={run}", *settings]
-        started[name] = Started(command, folder=folder / name / "output")
-    try:
-        return {name: program.wait(LIMIT_SECONDS) for name, program in started.items()}
-    finally:
-        for program in started.values():
-            program.kill()
+            flip_a_byte(run / "train" / LAST / "rank-001.safetensors")
+        arguments = ["--config", digits.config, "--set", f"run={run}", *settings]
+        (ended[name],) = forks.start("train", *arguments).wait()
+    return ended
 
 
 def flip_a_byte(path: Path) -> None:
@@ -117,53 +152,38 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def metrics_without_times(run: Path) -> list[dict[str, float]]:
+def lines_of(run: Path) -> list[dict[str, float]]:
+    """Of ``metrics.jsonl``, without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in lines]
 
 
-def assert_equal_states(found: object, expected: object, where: str) -> None:
-    """Compare what DeepSpeed wrote, tensor by tensor, bit by bit."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert set(found) == set(expected), where
-        for name in expected:
-            assert_equal_states(found[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_equal_states(one, other, f"{where}[{number}]")
-    elif isinstance(expected, (int, float, str, bool)):
-        assert found == expected, where
+def checkpoint_of(run: Path, name: str = LAST) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whichever rank wrote them."""
+    files = sorted((run / "train" / name).glob("rank-*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
-def test_all_starts_train_on_two_ranks_under_deepspeed_zero_2(resumed, two_rank_run):
-    for log in (two_rank_run.log, *(killed.log for killed in resumed.killed), resumed.log):
-        assert "event=engine type=DEEPSPEED zero_stage=2 ranks=2" in log
+def results_of(run: Path) -> dict[str, object]:
+    return json.loads((run / "train" / "done.json").read_text())["results"]
 
 
-def test_death_of_one_rank_ends_all_processes_and_is_an_error(resumed):
-    for killed in resumed.killed:
-        assert killed.code != 0
-        assert killed.seconds_to_end < END_SECONDS
+def assert_bits_are_those_of(run: Path, expected: Path) -> None:
+    for file in ("best/decoder.safetensors", "student/model.safetensors"):
+        assert (run / "train" / file).read_bytes() == (expected / "train" / file).read_bytes(), file
+    found, wanted = checkpoint_of(run), checkpoint_of(expected)
+    assert set(found) == set(wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert results_of(run) == results_of(expected)
+    records = [json.loads((of / "train" / "done.json").read_text()) for of in (run, expected)]
+    assert records[0]["fingerprint"] == records[1]["fingerprint"]
 
 
-def test_each_start_continues_at_the_newest_complete_checkpoint(resumed):
-    first, second = resumed.killed
+def test_all_starts_train_on_two_ranks_under_deepspeed_zero_2(killed_everywhere, launched, two_rank_run):
+    logs = [one.log for one in killed_everywhere.starts] + [ended.stderr for ended in launched[1]]
 
-    assert LAST not in first.checkpoints + second.checkpoints
-    assert "event=resumed" not in first.log
-    assert f"event=resumed step={int(first.checkpoints[-1][-6:])} " in second.log
-    assert f"event=resumed step={int(second.checkpoints[-1][-6:])} " in resumed.log
-
-
-@pytest.mark.parametrize("file", ["best/decoder.safetensors", "student/model.safetensors"])
-def test_resumed_training_ends_with_the_same_weights_bit_for_bit(resumed, two_rank_run, file):
-    found, expected = (run.folder / "train" / file for run in (resumed, two_rank_run))
-
-    assert found.read_bytes() == expected.read_bytes()
+    for log in (two_rank_run.log, *logs):
+        assert "event=engine sharding=ZeRO-2 type=DEEPSPEED ranks=2" in log
 
 
 def test_training_has_moved_the_weights(two_rank_run):
@@ -176,51 +196,114 @@ def test_training_has_moved_the_weights(two_rank_run):
     assert all(name.endswith("_proj.weight") for name in moved)
 
 
-def test_resumed_training_ends_with_the_same_masters_and_moments_bit_for_bit(resumed, two_rank_run):
-    engines = [run.folder / "train" / LAST / "engine" for run in (resumed, two_rank_run)]
-    names = [sorted(path.name for path in engine.iterdir()) for engine in engines]
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=[point for point, _ in KILLS])
+def test_start_after_a_kill_goes_on_from_the_newest_complete_checkpoint(killed_everywhere, number):
+    point, step = KILLS[number]
+    killed, following = killed_everywhere.starts[number : number + 2]
 
-    assert names[0] == names[1]
-    assert len(names[0]) == 3
-    for name in names[0]:
-        found, expected = (torch.load(engine / name, weights_only=False) for engine in engines)
-        assert_equal_states(found, expected, name)
+    assert killed.codes[int(point[-1])] == -9
+    assert 0 not in killed.codes
+    assert killed.complete == [f"step-{done:06d}" for done in (2, 4) if done <= step]
+    assert (f"event=resumed step={step} " in following.log) == (step > 0)
+    assert ("event=resumed" in following.log) == (step > 0)
 
 
-def test_resumed_training_writes_each_line_of_the_metrics_once(resumed, two_rank_run):
-    found, expected = (metrics_without_times(run.folder) for run in (resumed, two_rank_run))
+def test_training_that_was_killed_everywhere_ends_with_the_same_bits(killed_everywhere, two_rank_run):
+    """Weights, masters, both moments and the choice of the best."""
+    assert_bits_are_those_of(killed_everywhere.folder, two_rank_run.folder)
+    assert len(checkpoint_of(two_rank_run.folder)) == 21 * 3
+
+
+def test_training_that_was_killed_everywhere_writes_each_line_of_the_metrics_once(killed_everywhere, two_rank_run):
+    found, expected = (lines_of(run.folder) for run in (killed_everywhere, two_rank_run))
 
     assert [line["step"] for line in expected] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert found == expected
 
 
-def test_resumed_training_chooses_the_same_step(resumed, two_rank_run):
-    found, expected = (json.loads((run.folder / "train" / "done.json").read_text()) for run in (resumed, two_rank_run))
+def test_nothing_is_left_of_what_was_interrupted(killed_everywhere, two_rank_run):
+    found, expected = (
+        sorted(path.name for path in (run.folder / "train").iterdir()) for run in (killed_everywhere, two_rank_run)
+    )
 
-    assert found["results"] == expected["results"]
-    assert found["fingerprint"] == expected["fingerprint"]
+    assert found == expected
+    assert not [name for name in found if name.startswith(".")]
+
+
+def test_death_of_a_rank_ends_the_launcher_with_an_error_and_the_next_launch_finishes(launched, two_rank_run):
+    run, (killed, finished) = launched
+
+    assert killed.code != 0
+    assert finished.code == 0, finished.stderr
+    assert "event=resumed step=" in finished.stderr
+    assert_bits_are_those_of(run, two_rank_run.folder)
 
 
 def test_training_that_is_sent_back_ends_with_the_same_bits_and_without_the_steps_after_it(sent_back, two_rank_run):
-    run, log = sent_back
+    (only,) = sent_back.starts
 
-    assert "event=resumed step=4 " in log
-    assert complete_checkpoints(run) == ["step-000004", "step-000005", LAST]
-    for file in ("best/decoder.safetensors", "student/model.safetensors"):
-        assert (run / "train" / file).read_bytes() == (two_rank_run.folder / "train" / file).read_bytes()
-    found, expected = (json.loads((of / "train" / "done.json").read_text()) for of in (run, two_rank_run.folder))
-    assert found["results"] == expected["results"]
+    assert only.codes == [0, 0], only.log
+    assert "event=resumed step=4 " in only.log
+    assert only.complete == ["step-000004", "step-000005", LAST]
+    assert_bits_are_those_of(sent_back.folder, two_rank_run.folder)
+
+
+def test_moved_training_went_on_under_other_ranks_or_engines(moved, uninterrupted):
+    first, second = moved.starts
+    engines = [
+        next(line.split("event=engine ")[1] for line in one.log.splitlines() if "event=engine " in line)
+        for one in (*uninterrupted.starts, first, second)
+    ]
+
+    assert first.codes[0] == -9
+    assert second.codes == [0, 0], second.log
+    assert "event=resumed step=2 " in first.log
+    assert "event=resumed step=4 " in second.log
+    assert engines[0].startswith("sharding=ZeRO-2 type=DEEPSPEED ranks=2 ")
+    expected = {
+        1: ("sharding=ZeRO-2 type=DEEPSPEED ranks=1 ", "sharding=ZeRO-2 type=DEEPSPEED ranks=2 "),
+        2: ("sharding=DDP type=MULTI_CPU ranks=2 ", "sharding=ZeRO-3 type=DEEPSPEED ranks=2 "),
+    }[len(first.codes)]
+    assert (engines[1].startswith(expected[0]), engines[2].startswith(expected[1])) == (True, True), engines
+
+
+def test_moved_training_sees_the_same_global_batches_and_losses(moved, uninterrupted):
+    found, expected = (lines_of(run.folder) for run in (moved, uninterrupted))
+
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        assert line.get("response_tokens") == wanted.get("response_tokens")
+        for name in ("loss", "ce", "heldout_ce_per_token", "gradient_norm"):
+            if name in wanted:
+                assert line[name] == pytest.approx(wanted[name], rel=1e-5), (name, line["step"])
+
+
+def test_moved_training_ends_with_the_same_weights(moved, uninterrupted):
+    """As far as sums in another order let it."""
+    found, expected = (checkpoint_of(run.folder) for run in (moved, uninterrupted))
+    start = checkpoint_of(uninterrupted.folder, "step-000002")
+
+    assert set(found) == set(expected)
+    masters = [name for name in expected if name.endswith("/weight")]
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    # 1.4e-9 seen of masters and 1.6e-7 of moments under other engines, nothing at all on other ranks.
+    assert max(errors[name] for name in masters) <= 1e-6, errors
+    assert max(errors.values()) <= 1e-5, errors
+    assert min(relative_error(start[name], expected[name]) for name in masters) > 1e-5  # they have moved
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("ranks", "/train/step-000006 must be resumed with world_size 2, got 1; start as many ranks as before with "),
         ("changed", "/train/step-000006 must come from this run's settings and data ("),
-        ("damaged", "_optim_states.pt must have sha256 "),
+        ("damaged", "/train/step-000006/rank-001.safetensors must have sha256 "),
     ],
 )
-def test_checkpoint_of_other_ranks_or_settings_or_with_a_flipped_bit_is_refused_in_one_line(refused, name, line):
+def test_checkpoint_of_other_settings_or_with_a_flipped_bit_is_refused_in_one_line(refused, name, line):
     ended = refused[name]
     told = [text for text in ended.stderr.splitlines() if "event=" not in text]
 

@@ -1,17 +1,26 @@
-"""A loss or gradient that is no number on one rank ends training on every rank, and nothing is updated by it."""
+"""A loss or gradient that is no number on one rank is left out on every rank, and no host waits to learn of it."""
 
 import json
+from itertools import product
 from typing import Any
 
 import pytest
 
+from tests.helpers.engines import DTYPES, KINDS, NAMES
 from tests.helpers.launching import launch
 
-ERRORS = {
-    "loss": "the loss of every rank must be finite, got nan or inf; lower train.learning_rate",
-    "gradient": "the gradient must be finite, got nan or inf; lower train.learning_rate",
-    "infinite gradient": "the gradient must be finite, got nan or inf; lower train.learning_rate",
+CASES = [f"{kind} {dtype}" for kind, dtype in product(KINDS, DTYPES)]
+
+# Losses of the two ranks, and whether the gradient's norm is a number.
+FAULTS = {
+    "loss": ([True, False], False),
+    "gradient": ([True, True], False),
+    "infinite gradient": ([True, True], False),
+    "loss alone": ([True, False], True),
 }
+
+NUM_TRAINED, NUM_WEIGHTS = 6, 8
+"""Parameters that are trained, and all."""
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +32,40 @@ def seen(tmp_path_factory) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("fault", ERRORS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_no_number_on_one_rank_is_an_error_on_all_and_updates_nothing(seen, stage, dtype, fault):
-    case = seen[f"zero{stage} {dtype} {fault}"]
+@pytest.mark.parametrize("case", CASES)
+def test_engine_is_the_one_of_its_name(seen, case):
+    kind = case.split()[0]
 
-    assert case["engine"] == ["DEEPSPEED", stage, 2]
-    assert case["moved_by_the_good_step"] == 2
-    assert 0 < case["gradient_norm"] < 100
-    assert case["told"] == [[ERRORS[fault], True]] * 2
-    assert case["moved_by_the_bad_step"] == 0
+    assert seen[case]["engine"] == [NAMES[kind], "MULTI_CPU" if kind == "ddp" else "DEEPSPEED", 2]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_no_number_on_one_rank_updates_nothing_on_any(seen, case, fault):
+    found = seen[case]["faults"][fault]
+    losses_are_finite, norm_is_finite = FAULTS[fault]
+
+    assert found["losses_are_finite"] == losses_are_finite
+    assert found["norm_is_finite"] == [norm_is_finite] * 2
+    assert found["moved"] == [0, 0]
+    assert found["skipped"] == [1, 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_good_step_after_bad_ones_is_the_one_without_them_to_the_bit(seen, case):
+    found = seen[case]
+
+    assert 0 < found["good_norm"] < 100
+    assert found["num_tensors"] == 3 * NUM_TRAINED + 1 + NUM_WEIGHTS
+    # Masters, moments, counters and weights; in bfloat16 some weights may be rounded to what they were.
+    assert found["moved_by_the_good_step"] >= 3 * NUM_TRAINED + 1
+    assert found["unlike_its_twin"] == [0, 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_host_does_not_wait_for_the_device_in_a_step(seen, case):
+    # ZeRO-3 looks at a constant that is on the host already.
+    expected = {"_local_scalar_dense": 1} if case.startswith("zero3") else {}
+
+    assert seen[case]["operators"] > 100
+    assert seen[case]["waits"] == expected

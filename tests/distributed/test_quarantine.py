@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qad_dist.asr.checkpoint import load_processor
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches
 from qad_dist.asr.prompt import Prompt
-from qad_dist.config import TrainConfig
 from qad_dist.distill.checkpoint import Checkpoints, TrainingState
 from qad_dist.distill.evaluate import Evaluation
 from qad_dist.distill.loop import Hooks, train
+from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.quarantine import SharedQuarantine
 from qad_dist.runtime.world import World
+from qad_dist.train_section import TrainConfig
 from shards.errors import ShardError
 from shards.index import read_utterances
 from shards.plan import Plan
@@ -28,10 +29,19 @@ from tests.helpers.labelled import response_of, table_of
 from tests.helpers.qwen import NANO
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reading import write_tones
-from tests.helpers.states import make_models
+from tests.helpers.states import PlainEngine, make_models
 
 STEPS, UTTERANCES, DAMAGED = 6, 20, (3, 8, 13)
 VOCABULARY, WIDTH = 1_100, 4
+START = TrainingState(
+    step=0,
+    skipped=0,
+    best_step=-1,
+    best_kl=math.inf,
+    best_word_error_rate=None,
+    looks_without_better=0,
+    fingerprint="f",
+)
 
 
 def quarantine_of(folder: Path, rank: int, *, max_share: float) -> SharedQuarantine:
@@ -59,42 +69,28 @@ def count_together(rank: int, world_size: int, folder: str) -> None:
     assert resumed.count() == 4
 
 
-class LocalEngine:
-    """Steps of this rank alone: what is learned is nothing to these tests."""
-
-    def __init__(self, table_VD: nn.Parameter) -> None:
-        self.table_VD = table_VD
-        self.num_backward = 0
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        loss.backward()
-        self.num_backward += 1
-
-    def step(self, *, learning_rate: float, is_finite: Tensor) -> None:
-        assert is_finite
-        self.table_VD.grad = None
-
-    def gradient_norm(self) -> float:
-        return 1.0
-
-    def save(self, folder: Path) -> None:
-        (folder / f"{dist.get_rank()}.txt").write_text("saved")
-
-
 def train_on_damage(rank: int, world_size: int, folder: str, max_share: float, told: int | None) -> None:
-    """Train to the end, where ``told`` are quarantined; or, where that is None, to an error of both ranks."""
+    """Train to the end, where ``told`` are quarantined; or, where that is None, to an error of both ranks.
+
+    Each rank makes its own steps: what is learned is nothing to these tests.
+    """
     assert dist.get_world_size() == world_size == 2
     processor = load_processor(NANO)
     utterances = read_utterances(Path(folder) / "pack")
     rows = table_of([(utterance, response_of(2 + i % 5)) for i, utterance in enumerate(utterances)])
     random = torch.Generator().manual_seed(0)
     tables = [torch.randn(VOCABULARY, WIDTH, generator=random) for _ in range(3)]
-    engine, lines = LocalEngine(nn.Parameter(tables[1])), []
+    student_VD = nn.Parameter(tables[1])
+    engine, lines = PlainEngine(table=student_VD), []
     quarantine = quarantine_of(Path(folder) / "quarantine", rank, max_share=max_share)
     hooks = Hooks(
-        evaluate=lambda: Evaluation(kl_per_token=1.0, ce_per_token=1.0, agreement=0.5, response_tokens=8),
+        evaluate=lambda: Evaluation(
+            kl_per_token=1.0, ce_per_token=1.0, agreement=0.5, response_tokens=8, kl_by_language={}
+        ),
+        count_words=lambda: None,
         keep_best=lambda *_: None,
         write=lambda step, values: lines.append((step, values)),
+        write_bad=lambda *_: None,
         count_quarantined=quarantine.count,
     )
 
@@ -110,12 +106,10 @@ def train_on_damage(rank: int, world_size: int, folder: str, max_share: float, t
             def run() -> TrainingState:
                 return train(
                     engine,  # type: ignore[arg-type]
-                    make_models(tables[0], engine.table_VD, tables[2]),
+                    make_models(tables[0], student_VD, tables[2]),
                     batches,
                     TrainConfig(steps=STEPS, warmup_steps=1, log_every=1),
-                    state=TrainingState(
-                        step=0, best_step=-1, best_kl=math.inf, world_size=2, zero_stage=1, fingerprint="f"
-                    ),
+                    state=START,
                     checkpoints=Checkpoints(Path(folder) / "train", keep=2),
                     hooks=hooks,
                 )
@@ -128,8 +122,11 @@ def train_on_damage(rank: int, world_size: int, folder: str, max_share: float, t
                 assert len(lines) - 1 < STEPS
             else:
                 assert run().step == STEPS
-                assert engine.num_backward == num_micro_batches
+                assert engine.calls.count("backward") + engine.calls.count("last") == num_micro_batches
                 assert [values["quarantined"] for _, values in lines if "kl" in values][-1] == told
+            # What is told is of both ranks, times included; but for the norm, which these engines do not share.
+            shared = [(step, {k: v for k, v in values.items() if k != "gradient_norm"}) for step, values in lines]
+            assert all(other == shared for other in all_gather_objects(shared))
 
 
 def test_ranks_count_what_any_of_them_could_not_read_and_stop_together(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class ForkServer:
         name = self._folder / uuid.uuid4().hex
         started = []
         for rank in range(ranks):
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+            variables = _variables(rank, ranks)
             if faults and rank in faults:
                 variables["QAD_FAULT"] = faults[rank]
             stdout, stderr = (name.with_suffix(f".{rank}.{stream}") for stream in ("stdout", "stderr"))
@@ -159,9 +159,11 @@ class ForkServer:
 
 
 def main(address: str) -> None:
-    import matplotlib.figure  # noqa: F401  takes part of a second, too
+    import accelerate  # noqa: F401
+    import deepspeed  # noqa: F401  these take seconds in training, and
+    import matplotlib.figure  # noqa: F401  this takes part of one
 
-    from qad_dist.stages import label  # noqa: F401
+    from qad_dist.stages import label, train  # noqa: F401
 
     children: set[int] = set()
     with Listener(f"\0{address}", "AF_UNIX") as listener, listener.accept() as connection:
@@ -180,6 +182,14 @@ def main(address: str) -> None:
         except EOFError:  # the tests are gone
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
+
+
+def _variables(rank: int, ranks: int) -> dict[str, str]:
+    """What a launcher sets; of the address accelerate only looks whether it is there."""
+    if ranks == 1:
+        return {}
+    places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    return {**places, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def _become(request: dict[str, Any]) -> NoReturn:

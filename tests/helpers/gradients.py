@@ -1,4 +1,4 @@
-"""A program: gradients of one global batch under ZeRO-1, 2 and 3, and by plain autograd; what a step changes.
+"""A program: gradients of one global batch under every engine, and by plain autograd; what a step changes.
 
     accelerate launch ... tests/helpers/gradients.py RANKS CONFIG RUN_FOLDER FOLDER
 
@@ -17,28 +17,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches
-from qad_dist.asr.decoder import DecoderStack
+from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import AsrModel, load_model, load_teacher
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig, load_run
 from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.optim import choose_trainable
-from qad_dist.heldout import heldout_batches
-from qad_dist.pairing import join_models
+from qad_dist.distill.window import Window
+from qad_dist.heldout import heldout_batches, heldout_set
+from qad_dist.labelling import read_used_labels
+from qad_dist.pairing import join_models, share_frozen_parts
 from qad_dist.quant.state import enable_checkpointing, quantizer_hash
 from qad_dist.runtime.collectives import all_gather_objects
-from qad_dist.runtime.engine import Engine
+from qad_dist.runtime.engine import Engine, build_engine
 from qad_dist.runtime.logs import configure_logging
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.world import World, current_world, exit_rank, join_world
-from qad_dist.runtime.zero import read_deepspeed_settings
 from qad_dist.stages import train
 from shards.plan import Plan
+from shards.schema import TRAIN
+from tests.helpers.engines import KINDS
 from tests.helpers.launching import ROOT
 
 CPU = torch.device("cpu")
@@ -56,13 +58,16 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     # All models first: once a ZeRO-3 plugin exists, whatever is loaded is partitioned.
     enable_checkpointing()
     teacher = load_teacher(run.model, CPU)
-    students = {f"zero{stage}": _load_student(run, "float32") for stage in (1, 2, 3)}
+    students = {kind: _load_student(run, teacher, "float32") for kind in KINDS}
     for student in students.values():
         _move_away(student)
     rounded_teacher = load_teacher(run.model, CPU, dtype="bfloat16")
-    rounded = {f"zero{stage}": _load_student(run, "bfloat16") for stage in (1, 2, 3)}
+    rounded = {kind: _load_student(run, rounded_teacher, "bfloat16") for kind in KINDS}
     reader = open_reader(run)
-    training, heldout = train._labelled_sets(run, teacher, reader)
+    prompt = teacher.prompt.with_context(run.label.context)
+    labelled = read_used_labels(run, TRAIN)
+    training = LabelledSet(labelled.rows, reader=reader, prompt=prompt, extractor=teacher.extractor)
+    heldout, _ = heldout_set(run, teacher, reader, max_utterances=run.train.evaluate_utterances)
     plan = _unequal_plan(run, training)
     data = PlannedBatches(training, plan, world, steps=1)
     batches = [training.batch(indices) for indices in plan.step(0)]
@@ -72,16 +77,18 @@ def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
         report[name] = _under_engine(run, name, data, teacher, student, world, Path(folder))
     for name, student in rounded.items():
         report[f"bfloat16 {name}"] = _many_small_steps(run, name, data, rounded_teacher, student, world)
-    assert report["zero3"]["world_size"] == int(ranks)
+    assert report["zero3"]["engine"][2] == int(ranks)
     if world.is_main:
         (Path(folder) / "report.json").write_text(json.dumps(report, indent=1))
     reader.close()
     exit_rank(0)
 
 
-def _load_student(run: RunConfig, dtype: str) -> AsrModel:
+def _load_student(run: RunConfig, teacher: AsrModel, dtype: str) -> AsrModel:
     folder = run.stage_folder("quantize") / train.STUDENT
-    return load_model(folder, dtype=dtype, audio_attention="windowed", device=CPU, quantized=True)
+    student = load_model(folder, dtype=dtype, audio_attention="windowed", device=CPU, quantized=True)
+    share_frozen_parts(teacher, student)
+    return student
 
 
 def _move_away(student: AsrModel) -> None:
@@ -118,11 +125,12 @@ def _plain(
     """The reference: no engine; all logits at once; one backward over the rows of all micro-batches."""
     stack = DecoderStack(student.decoder.layers)
     choose_trainable(stack, train_norms=False)
-    models = join_models(teacher, student, stack)
-    embedded = [models.embed(batch) for batch in batches]
-    student_RV = torch.cat([models.student_states(part) for part in embedded]) @ models.head_VD.T
+    norm, head_VD = teacher.decoder.norm, teacher.head_weight_VD
+    embedded = [embed(teacher, batch) for batch in batches]
+    student_RV = torch.cat([response_states(stack, part, norm) for part in embedded]) @ head_VD.T
     with torch.no_grad():
-        teacher_RV = torch.cat([models.teacher_states(part) for part in embedded]) @ models.head_VD.T
+        teacher_stack = DecoderStack(teacher.decoder.layers)
+        teacher_RV = torch.cat([response_states(teacher_stack, part, norm) for part in embedded]) @ head_VD.T
     kl = F.kl_div(student_RV.log_softmax(1), teacher_RV.log_softmax(1), log_target=True, reduction="sum")
     ce = F.cross_entropy(student_RV, torch.cat([batch.targets_R for batch in batches]), reduction="sum")
     ((kl + CE_WEIGHT * ce) / len(student_RV)).backward()
@@ -133,7 +141,7 @@ def _plain(
     if world.is_main:
         save_file(gradients, folder / "plain.safetensors")
     held = heldout_batches(heldout, run, world, token_budget=run.train.micro_batch_tokens)
-    evaluation = evaluate(models, held, chunk_rows=64)
+    evaluation = evaluate(join_models(teacher, student, stack), held, chunk_rows=64)
     return {
         "rows": [batch.num_rows for batch in batches],
         "evaluation": asdict(evaluation),
@@ -141,19 +149,25 @@ def _plain(
     }
 
 
-def _build(run: RunConfig, student: AsrModel, zero: str, world: World, dtype: torch.dtype) -> Engine:
+def _build(run: RunConfig, student: AsrModel, kind: str, world: World, dtype: torch.dtype) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one plugin in a process
     GradientState._reset_state()
     stack = DecoderStack(student.decoder.layers)
     choose_trainable(stack, train_norms=run.train.train_norms)
-    return Engine(
+    return build_engine(
         stack,
         lambda module: train.make_optimizer(run, module),
-        settings=read_deepspeed_settings(str(ROOT / "configs" / "deepspeed" / f"{zero}.json")),
+        deepspeed=None if kind == "ddp" else str(ROOT / "configs" / "deepspeed" / f"{kind}.json"),
         world=world,
         dtype=dtype,
         clip_norm=run.train.clip_norm,
     )
+
+
+def _started_window(run: RunConfig) -> Window:
+    window = Window(CPU, token_budget=run.train.micro_batch_tokens)
+    window.clock.start()
+    return window
 
 
 def _under_engine(
@@ -165,7 +179,8 @@ def _under_engine(
     built = all_gather_objects(quantizer_hash(student.model))
     before = engine.gather_weights()
     own = list(data.micro_batches(0))
-    finite = accumulate_gradient(engine, models, data, run.train, step=0)
+    window = _started_window(run)
+    finite = accumulate_gradient(engine, models, data, run.train, step=0, window=window)
     gradients = engine.full_gradients()
     engine.step(learning_rate=1e-3, is_finite=finite)
     after = engine.gather_weights()
@@ -173,9 +188,7 @@ def _under_engine(
         save_file(gradients, folder / f"{name}.safetensors")
     outside = [*teacher.model.parameters(), *(p for p in student.model.parameters() if not p.requires_grad)]
     return {
-        "distributed_type": engine.distributed_type,
-        "stage": engine.stage,
-        "world_size": dist.get_world_size(),
+        "engine": [engine.name, engine.distributed_type, dist.get_world_size()],
         "micro_batches": all_gather_objects([batch.weighted_rows for batch in own]),
         "frozen_with_gradient": sum(parameter.grad is not None for parameter in outside),
         "frozen_is_unchanged": _frozen_hash(teacher, student) == frozen,
@@ -183,6 +196,7 @@ def _under_engine(
         "weights": sorted(before),
         "changed": sorted(name for name in before if not torch.equal(before[name], after[name])),
         "gradient_norm": engine.gradient_norm(),
+        "skipped": engine.num_skipped(),
     }
 
 
@@ -194,20 +208,19 @@ def _many_small_steps(
     models = join_models(teacher, student, engine)
     # Far from the teacher's doubts the gradient keeps its sign over the small steps; the KL's, near 0, would not.
     ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0})
-    trained = {n: parameter for n, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    trained = [n for n, parameter in engine.module.named_parameters() if parameter.requires_grad]
     start = engine.gather_weights()  # on rank 0, like all that follows of weights
     large = {n: start[n].abs() >= 2**-4 for n in trained if start}
     moved = []
+    window = _started_window(run)
     for _ in range(SMALL_STEPS):
-        finite = accumulate_gradient(engine, models, data, ce_only, step=0)
+        finite = accumulate_gradient(engine, models, data, ce_only, step=0, window=window)
         engine.step(learning_rate=SMALL_RATE, is_finite=finite)
         weights = engine.gather_weights()
         moved.append(sum(int(((weights[n] != start[n]) & large[n]).sum()) for n in large))
-    masters = {n: safe_get_full_fp32_param(parameter) for n, parameter in trained.items()}
+    masters = {name: state["weight"] for name, state in engine.trained_state()}
     return {
-        "distributed_type": engine.distributed_type,
-        "stage": engine.stage,
-        "world_size": dist.get_world_size(),
+        "engine": [engine.name, engine.distributed_type, dist.get_world_size()],
         "weight_dtypes": sorted({str(parameter.dtype) for parameter in engine.module.parameters()}),
         "master_dtypes": sorted({str(master.dtype) for master in masters.values()}),
         "masters": sorted(masters),

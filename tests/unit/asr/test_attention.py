@@ -11,6 +11,7 @@ from qad_dist.asr.attention import Segments, segment_attention
 from qad_dist.asr.load import AsrModel
 
 LENGTHS = [5, 1, 17, 9]
+"""Of all three groups: 17 and 9, 5 with 1."""
 SCALING = 0.3
 
 
@@ -51,6 +52,24 @@ def test_segment_attention_is_plain_attention_within_each_segment(heads: int, kv
     assert weights is None
     expected = plain_attention(*states, LENGTHS, causal=causal)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        (LENGTHS, [(2, 17), (2, 5), (2, 2)]),
+        ([8], [(2, 8), (2, 2), (2, 2)]),
+        ([100, 50, 51, 26, 25, 3, 2], [(2, 100), (2, 50), (3, 25)]),
+        ([100, 30, 20, 7], [(2, 100), (2, 2), (2, 20)]),  # 30 joins 100, and nothing is left between them
+        ([1, 1, 1], [(3, 2), (2, 2), (2, 2)]),
+    ],
+)
+def test_segments_are_padded_to_the_longest_of_their_like(lengths: list[int], shapes: list[tuple[int, int]]) -> None:
+    segments = Segments.from_lengths(torch.tensor(lengths), causal=True, device=torch.device("cpu"))
+
+    assert [tuple(group.gather_GL.shape) for group in segments.groups] == shapes
+    cells = torch.cat([group.gather_GL.flatten() for group in segments.groups])
+    assert cells[segments.scatter_T].tolist() == list(range(sum(lengths)))
 
 
 def test_gradients_stay_within_their_segment() -> None:

@@ -305,9 +305,9 @@ def of_any_length(embedded: EmbeddedBatch) -> Tensor:
         (hidden_1ND, [1]),
         (embedded.cos_1NE, [1]),
         (embedded.sin_1NE, [1]),
-        (segments.gather_SL, [0, 1]),
         (segments.scatter_T, [0]),
-        (segments.mask_S1LL, [0, 2, 3]),
+        *((group.gather_GL, [0, 1]) for group in segments.groups),
+        *((group.mask_G1LL, [0, 2, 3]) for group in segments.groups),
     ):
         torch._dynamo.mark_dynamic(tensor, axes)
     return hidden_1ND

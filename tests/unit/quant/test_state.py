@@ -14,12 +14,14 @@ from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
 from qad_dist.formats import FORMATS, FormatName
 from qad_dist.linears import LINEARS
+from qad_dist.quant.fake_quant import use_fast_fake_quant
 from qad_dist.quant.state import (
     QUANTIZATION,
     Quantization,
     check_quantizers,
     enable_checkpointing,
     enabled_quantizers,
+    fold_from,
     fold_weights,
     keep_in_high_precision,
     linears_matching,
@@ -342,6 +344,97 @@ def test_folded_weights_compute_the_same_and_lie_on_the_int8_grid(
     steps = up_proj.weight / scale
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
     assert not torch.equal(up_proj.weight, before["weight"])
+
+
+def moved(student: AsrModel, *, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of all layers as training may leave them, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = student.decoder.layers.named_parameters()
+    return {name: p + 0.05 * p.std() * torch.randn(p.shape, generator=generator) for name, p in parameters}
+
+
+@torch.no_grad()
+def folded_by_modelopt(student: AsrModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What :func:`fold_weights` makes of a student that has these weights."""
+    expected = copied(student)
+    for name, parameter in expected.decoder.layers.named_parameters():
+        parameter.copy_(weights[name])
+    fold_weights(expected.model)
+    return dict(expected.decoder.layers.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int8_weight_only", "fp8", "w4a8"])
+@torch.no_grad()
+def test_weights_in_training_are_folded_into_a_copy_as_modelopt_folds_a_student_that_has_them(
+    calibrated: Callable[..., Calibrated], name: FormatName, dtype: torch.dtype
+) -> None:
+    """Also twice, one Linear being kept, and by quantizers whose own weights are in parts elsewhere."""
+    student = copied(calibrated(format=name).student)
+    student.model.to(dtype)
+    keep_in_high_precision(student.decoder.layers, ["layers.1.mlp.down_proj"], exact={})
+    folded = copied(student)
+    fold_weights(folded.model)
+    weights = [moved(student, seed=seed) for seed in (1, 2)]
+    expected = [folded_by_modelopt(student, one) for one in weights]
+    use_fast_fake_quant(student.model)
+    for parameter in student.decoder.layers.parameters():
+        parameter.data = torch.empty(0, dtype=dtype)
+
+    for given, wanted in zip(weights, expected, strict=True):
+        fold_from(folded.decoder.layers, student.decoder.layers, given)
+
+        found = dict(folded.decoder.layers.named_parameters())
+        assert set(found) == set(wanted) == set(given)
+        for key, value in wanted.items():
+            assert value.dtype == dtype
+            assert torch.equal(found[key], value), key
+            assert found[key].requires_grad == value.requires_grad
+            is_quantized = any(key.endswith(f"{linear}.weight") for linear in LINEARS) and "1.mlp.down" not in key
+            assert torch.equal(value, given[key].to(dtype)) != is_quantized, key
+
+
+def test_weights_that_come_layer_by_layer_leave_the_other_layers(student: AsrModel, new_student: AsrModel) -> None:
+    weights = moved(student, seed=3)
+    wanted = folded_by_modelopt(student, weights)
+    fold_weights(new_student.model)
+    before = {name: value.clone() for name, value in new_student.decoder.layers.named_parameters()}
+
+    first = {name: value for name, value in weights.items() if name.startswith("1.")}
+    fold_from(new_student.decoder.layers, student.decoder.layers, first)
+
+    for name, value in new_student.decoder.layers.named_parameters():
+        assert torch.equal(value, wanted[name] if name.startswith("1.") else before[name]), name
+
+
+def test_copy_that_was_folded_anew_computes_what_the_student_in_training_does(
+    student: AsrModel, new_student: AsrModel, unseen: Batch
+) -> None:
+    weights, copy_of_it = moved(student, seed=4), copied(student)
+    fold_weights(copy_of_it.model)
+    new_student.decoder.layers.load_state_dict(weights, strict=False)
+
+    fold_from(copy_of_it.decoder.layers, new_student.decoder.layers, weights)
+
+    assert torch.equal(logits_of(copy_of_it, unseen), logits_of(new_student, unseen))
+    assert not torch.equal(logits_of(copy_of_it, unseen), logits_of(student, unseen))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "got"),
+    [
+        ("layers.0.mlp.up_proj.weight", (384, 128), "none of that name"),
+        ("0.mlp.up_proj.weight", (1, 128), r"\(384, 128\)"),
+    ],
+)
+def test_weights_of_another_decoder_are_not_folded(
+    student: AsrModel, new_student: AsrModel, name: str, shape: tuple[int, ...], got: str
+) -> None:
+    """Nor spread over all rows."""
+    fold_weights(new_student.model)
+
+    with pytest.raises(ModelError, match=rf"{name} must fit the copy that decodes, got shape .* where it has {got}"):
+        fold_from(new_student.decoder.layers, student.decoder.layers, {name: torch.ones(shape)})
 
 
 def test_recipe_that_forgets_the_audio_tower_is_refused(

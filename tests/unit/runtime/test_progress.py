@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from qad_dist.runtime.progress import Progress
+from qad_dist.runtime.progress import Progress, StepProgress
 
 
 class Clock:
@@ -62,3 +62,19 @@ def test_eta_is_unknown_before_anything_is_done(progress, clock, caplog):
     progress.tell(left_seconds=lambda: 60, ranks=1)
 
     assert caplog.messages[0].endswith("rtfx=0.0 left_hours=0.017 eta_seconds=unknown")
+
+
+def test_steps_are_told_every_thirty_seconds_with_the_time_that_is_left(clock, caplog):
+    caplog.set_level(logging.INFO, logger="qad_dist.runtime.progress")
+    steps = StepProgress("train", done=100, steps=600, clock=clock)
+
+    for step in range(101, 121):  # 10 s each
+        clock.seconds += 10
+        steps.advance(step)
+    steps.close()
+
+    assert caplog.messages[:2] == [
+        "event=progress stage=train step=103/600 seconds_per_step=10.00 eta_seconds=4970",
+        "event=progress stage=train step=106/600 seconds_per_step=10.00 eta_seconds=4940",
+    ]
+    assert len(caplog.messages) == 6

@@ -80,8 +80,23 @@ def test_batch_sizes_other_than_1_are_refused(tmp_path: Path, name: str, value: 
         read_deepspeed_settings(path)
 
 
-def test_settings_without_a_gradient_norm_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, {"zero_optimization": {"stage": 2, "compute_grad_norm": False}})
+@pytest.mark.parametrize("name", ["compute_grad_norm", "offload_optimizer", "offload_param", "zenflow"])
+def test_what_the_engine_decides_or_does_not_do_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 2, name: False}})
 
-    with pytest.raises(ConfigError, match=r"zero\.json: zero_optimization\.compute_grad_norm must be true, got False;"):
+    with pytest.raises(ConfigError, match=rf"zero\.json: zero_optimization\.{name} must be left to .*, got False; rem"):
+        read_deepspeed_settings(path)
+
+
+@pytest.mark.parametrize("found", ["bf16", None])
+@pytest.mark.parametrize("name", ["data_types.grad_accum_dtype", "communication_data_type"])
+def test_sums_of_gradients_in_another_dtype_are_refused(tmp_path: Path, name: str, found: Any) -> None:
+    settings = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    read_deepspeed_settings(write(tmp_path, {"zero_optimization": {"stage": 2}, **settings}))
+    changed = {name: found} if "." not in name else {"data_types": {"grad_accum_dtype": found}}
+    path = write(tmp_path, {"zero_optimization": {"stage": 2}, **settings, **changed})
+
+    with pytest.raises(
+        ConfigError, match=rf"zero\.json: {name.replace('.', '[.]')} must be 'fp32', got {found!r}; see"
+    ):
         read_deepspeed_settings(path)

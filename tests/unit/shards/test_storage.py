@@ -14,6 +14,7 @@ from shards.storage import (
     atomic_write,
     fingerprint,
     folder_bytes,
+    publish_folder,
     read_json,
     settle_interrupted,
     sha256_file,
@@ -125,6 +126,24 @@ def test_publication_killed_between_its_renames_gives_the_old_folder_back(tmp_pa
 
     assert [path.name for path in tmp_path.iterdir()] == ["published.v1"]
     assert "old" in verify_manifest(folder)
+
+
+def test_files_whose_hash_is_known_are_not_read_again_and_the_others_are_hashed(tmp_path: Path) -> None:
+    temporary, folder = tmp_path / ".published.tmp", tmp_path / "published"
+    (temporary / "sub").mkdir(parents=True)
+    (temporary / "known").write_bytes(b"first")
+    (temporary / "sub" / "other").write_bytes(b"second!")
+    told = hashlib.sha256(b"what the writer has hashed").hexdigest()
+
+    publish_folder(temporary, folder, hashes={"known": told, "elsewhere": "0" * 64})
+
+    assert json.loads((folder / MANIFEST).read_text())["files"] == {
+        "known": {"bytes": 5, "sha256": told},
+        "sub/other": {"bytes": 7, "sha256": hashlib.sha256(b"second!").hexdigest()},
+    }
+    with pytest.raises(CheckpointError, match="/known must have sha256"):  # had the writer lied
+        verify_manifest(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
 
 def remove(folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""What teacher and student share exists once, and only if it is equal; what cannot be read teaches nothing."""
+"""What cannot be read teaches nothing; languages are mixed as told; the largest batches are tried first."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,54 +12,34 @@ from torch import Tensor
 from qad_dist.asr.dataset import LabelledSet
 from qad_dist.asr.decoder import DecoderStack
 from qad_dist.asr.load import AsrModel
+from qad_dist.augment_section import AugmentConfig
 from qad_dist.batch import Batch
-from qad_dist.config import RunConfig, TrainConfig
+from qad_dist.config import RunConfig
 from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable
+from qad_dist.distill.window import Window
 from qad_dist.heldout import heldout_batches
 from qad_dist.pairing import join_models
 from qad_dist.runtime.world import World
-from qad_dist.stages.train import _share_frozen_parts, training_plan
+from qad_dist.stages.train import _compiles
+from qad_dist.train_section import TrainConfig
+from qad_dist.training_data import Data, largest_micro_batches, training_plan
 from shards.audio import encode_flac
-from shards.errors import ModelError
 from shards.read import Damaged, Shards
 from shards.workers import Reader
 from tests.helpers.damage import spoil
 from tests.helpers.labelled import response_of, table_of
 from tests.helpers.qwen import Samples
 from tests.helpers.reading import write_shards
+from tests.helpers.states import make_models
 
 
-def test_student_keeps_its_layers_and_takes_the_teachers_frozen_parts(load_nano: Callable[..., AsrModel]) -> None:
-    teacher, student = load_nano(), load_nano()
-    layers = student.decoder.layers
-
-    _share_frozen_parts(teacher, student)
-
-    assert student.decoder.layers is layers
-    assert student.decoder.layers is not teacher.decoder.layers
-    shared = {parameter.data_ptr() for parameter in teacher.model.parameters()}
-    own = {name for name, parameter in student.model.named_parameters() if parameter.data_ptr() not in shared}
-    assert own == {f"thinker.model.layers.{name}" for name, _ in layers.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("part", "name"),
-    [
-        ("audio tower", "thinker.audio_tower.layers.3.fc1.bias"),
-        ("embeddings", "thinker.model.embed_tokens.weight"),
-        ("final norm", "thinker.model.norm.weight"),
-    ],
-)
-def test_student_with_another_frozen_part_is_refused(load_nano: Callable[..., AsrModel], part: str, name: str) -> None:
-    teacher, student = load_nano(), load_nano()
-    with torch.no_grad():
-        dict(student.model.named_parameters())[name].view(-1)[-1] += 1e-3
-
-    with pytest.raises(ModelError, match=f"must share their {part}, got other values of .*; run quantize again"):
-        _share_frozen_parts(teacher, student)
+def run_of(**train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {"run": "unused", "model": {"path": "unused"}, "pack": {"inputs": ["unused"]}, "train": train}
+    )
 
 
 class Backward:
@@ -132,7 +113,10 @@ def without(batch: Batch, place: int, lengths: list[int]) -> Batch:
 def gradient_of(models: tuple[TeacherAndStudent, DecoderStack, AsrModel], *batches: Batch) -> Tensor:
     joined, stack, _ = models
     stack.zero_grad()
-    accumulate_gradient(Backward(), joined, OneStep(*batches), TrainConfig(ce_weight=0.3), step=0)  # type: ignore[arg-type]
+    settings = TrainConfig(ce_weight=0.3)
+    window = Window(torch.device("cpu"), token_budget=settings.micro_batch_tokens)
+    window.clock.start()
+    accumulate_gradient(Backward(), joined, OneStep(*batches), settings, step=0, window=window)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten() for p in stack.parameters() if p.grad is not None])
 
 
@@ -153,9 +137,7 @@ def test_step_with_damage_has_the_gradient_of_its_readable_rows_as_they_were_pla
 
 def test_heldout_values_are_those_of_the_readable_utterances(models, sound_and_spoilt) -> None:
     sound, spoilt = sound_and_spoilt
-    run = RunConfig.model_validate(
-        {"run": "unused", "model": {"path": "unused"}, "pack": {"inputs": ["unused"]}, "train": {"steps": 60}}
-    )
+    run = run_of(steps=60)
     world, budget = World(rank=0, local_rank=0, world_size=1), run.train.micro_batch_tokens
     told: list[Damaged] = []
     ((number, whole),) = heldout_batches(sound, run, world, token_budget=budget)
@@ -186,12 +168,90 @@ def test_plan_mixes_the_labelled_languages_as_the_settings_say(
     rows = [(replace(hour, key=f"hour-{i}"), response_of(4, "German" if i == 2 else None)) for i in range(10)]
     dataset = sound_and_spoilt[0]
     training = LabelledSet(table_of(rows), reader=dataset._reader, prompt=dataset._prompt, extractor=dataset._extractor)
-    train = {"steps": 60, "micro_batch_tokens": 100_000, **settings}
-    run = RunConfig.model_validate(
-        {"run": "unused", "model": {"path": "unused"}, "pack": {"inputs": ["unused"]}, "train": train}
-    )
+    run = run_of(steps=60, micro_batch_tokens=100_000, **settings)
 
     epoch = training_plan(run, training).epoch(0)
 
     chosen = [index for step in epoch for indices in step for index in indices]
     assert (chosen.count(2), len(chosen) - chosen.count(2)) == (german, english)
+
+
+SIZES = [(1.0 + (7 * number) % 9, 1 + (number * number) % 43) for number in range(60)]
+"""Seconds and response tokens of utterances."""
+
+
+class Asked(LabelledSet):
+    """Remembers what batches are asked for instead of reading audio."""
+
+    asked: tuple[list[int], ...] = ()
+
+    def batches(self, chosen: Any, **_: Any) -> Iterator[Batch]:
+        self.asked = tuple(chosen)
+        return iter(())
+
+
+def test_batches_that_are_tried_first_have_most_tokens_most_audio_and_most_response_tokens(sound_and_spoilt) -> None:
+    dataset = sound_and_spoilt[0]
+    utterance, _ = dataset.rows[0]
+    rows = [
+        (replace(utterance, key=f"of-{i}", duration_seconds=seconds), response_of(tokens))
+        for i, (seconds, tokens) in enumerate(SIZES)
+    ]
+    parts = {"reader": dataset._reader, "prompt": dataset._prompt, "extractor": dataset._extractor}
+    training = Asked(table_of(rows), **parts)
+    for seed in range(100):  # until three micro-batches are the largest, each in its own way
+        run = run_of(steps=60, micro_batch_tokens=256, micro_batches_per_step=2).model_copy(update={"seed": seed})
+        plan = training_plan(run, training)
+        filled = [indices for step in range(20) for indices in plan.step(step) if indices]
+        sizes = [measures(training, indices) for indices in filled]
+        places = {max(range(len(filled)), key=lambda place: sizes[place][way]) for way in range(3)}
+        if len(places) == 3:
+            break
+
+    largest_micro_batches(Data(training=training, heldout=dataset, plan=plan), steps=20)
+
+    assert len(places) == 3
+    assert list(training.asked) == [filled[place] for place in sorted(places)]
+
+
+def measures(training: LabelledSet, indices: list[int]) -> list[float]:
+    return [
+        float(training.num_tokens[indices].sum()),
+        sum(SIZES[index][0] for index in indices),
+        sum(SIZES[index][1] for index in indices),
+    ]
+
+
+def test_largest_batches_are_looked_for_among_the_steps_that_will_be_made(sound_and_spoilt) -> None:
+    dataset = sound_and_spoilt[0]
+    training = Asked(dataset.rows, reader=dataset._reader, prompt=dataset._prompt, extractor=dataset._extractor)
+    plan = training_plan(run_of(steps=60, micro_batch_tokens=256, micro_batches_per_step=1), training)
+    data = Data(training=training, heldout=dataset, plan=plan)
+
+    largest_micro_batches(data, steps=1)
+
+    assert list(training.asked) == plan.step(0)
+
+
+def test_plan_has_the_altered_copies_as_entries_of_their_own(sound_and_spoilt) -> None:
+    dataset = sound_and_spoilt[0]
+    parts = {"reader": dataset._reader, "prompt": dataset._prompt, "extractor": dataset._extractor}
+    training = LabelledSet(dataset.rows, **parts, augment=AugmentConfig(copies=2))
+    run = run_of(steps=60, micro_batch_tokens=256)
+
+    epoch = training_plan(run, training).epoch(0)
+
+    chosen = sorted(index for step in epoch for indices in step for index in indices)
+    assert chosen == list(range(3 * len(dataset.rows)))
+
+
+def test_layers_are_compiled_where_told_or_on_gpus_unless_zero_3_shards_them(root) -> None:
+    tables = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)
+    cpu, gpu = (replace(make_models(*tables), device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    stages = {n: str(root / "configs" / "deepspeed" / f"zero{n}.json") for n in (1, 2, 3)}
+
+    for path, expected in ((stages[1], True), (stages[2], True), (stages[3], False), (None, True)):
+        assert _compiles(run_of(steps=60, deepspeed=path), gpu) is expected
+        assert _compiles(run_of(steps=60, deepspeed=path), cpu) is False
+        assert _compiles(run_of(steps=60, deepspeed=path, compile=True), cpu) is True
+        assert _compiles(run_of(steps=60, deepspeed=path, compile=False), gpu) is False
