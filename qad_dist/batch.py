@@ -59,10 +59,13 @@ class Batch:
         """R: response tokens."""
         return self.rows_R.numel()
 
+    def owners(self) -> Tensor:
+        """``[R]``, int64: the place of each row's utterance; of a batch on the host."""
+        return torch.searchsorted(self.cu_seqlens_U1[1:].long(), self.rows_R, right=True)
+
     def token_weights(self) -> Tensor:
         """``[N]``, float32: the KL weight of each token's utterance; of a batch on the host."""
-        owners_R = torch.searchsorted(self.cu_seqlens_U1[1:].long(), self.rows_R, right=True)
-        weight_U = torch.zeros(len(self.cu_seqlens_U1) - 1).scatter_(0, owners_R, self.kl_weight_R)
+        weight_U = torch.zeros(len(self.cu_seqlens_U1) - 1).scatter_(0, self.owners(), self.kl_weight_R)
         return weight_U.repeat_interleave(self.cu_seqlens_U1.diff().long())
 
     def without_weight(self) -> "Batch":

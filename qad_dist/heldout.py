@@ -5,10 +5,7 @@ Dimension key: N packed tokens, D width, R response rows, U utterances.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,11 +13,11 @@ from qad_dist.asr.dataset import LabelledSet, OnDamaged, refuse
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
+from qad_dist.distill.evaluate import Distances
 from qad_dist.distill.loss import RowMetrics, row_metrics
 from qad_dist.labelling import read_used_labels
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.walk import WalkBatch, final_hidden
-from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.world import World
 from shards.labelled import Labelled
 from shards.plan import plan_epoch, share_of_rank
@@ -55,29 +52,6 @@ def heldout_batches(
     yield from zip(numbers, heldout.batches(chosen, on_damaged=on_damaged), strict=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Distances:
-    """How far a student is from its teacher, utterance by utterance, in the order of the plan; equal on all ranks."""
-
-    keys: tuple[str, ...]
-    kl_U: npt.NDArray[np.float64]
-    """KL from teacher to student in nats, summed over response tokens."""
-    agreements_U: npt.NDArray[np.int64]
-    """Response tokens on which both prefer the same one."""
-    tokens_U: npt.NDArray[np.int64]
-    """Response tokens."""
-
-    @property
-    def kl_per_token(self) -> float:
-        """In nats."""
-        return float(self.kl_U.sum() / self.tokens_U.sum())
-
-    @property
-    def agreement(self) -> float:
-        """Share of the response tokens."""
-        return float(self.agreements_U.sum() / self.tokens_U.sum())
-
-
 class HeldOut:
     """Held-out utterances behind the teacher's embeddings, and what the teacher makes of them, kept on the device.
 
@@ -96,6 +70,7 @@ class HeldOut:
         """This rank's; not those that only keep the ranks together."""
         self._keys: dict[int, tuple[str, ...]] = {}
         self._owners_R: dict[int, Tensor] = {}
+        self._targets_R: dict[int, Tensor] = {}
         self._states_RD: dict[int, Tensor] = {}
         for number, batch in heldout_batches(dataset, run, world, token_budget=budget):
             if number < 0:
@@ -103,20 +78,14 @@ class HeldOut:
             walking = walk_batch(teacher, batch, number=number, is_search=True)
             self.batches.append(walking)
             self._keys[number] = batch.keys
-            ends_U = batch.cu_seqlens_U1[1:].long()
-            self._owners_R[number] = torch.searchsorted(ends_U, batch.rows_R, right=True)
+            self._owners_R[number] = batch.owners()
+            self._targets_R[number] = batch.targets_R.to(teacher.device)
             self._states_RD[number] = _states(teacher, walking, final_hidden(walking, teacher.decoder.layers))
 
     def distances(self, student: AsrModel) -> Distances:
         """From the teacher to a student as it is now."""
-        own = {b.number: self._distance(student, b, final_hidden(b, student.decoder.layers)) for b in self.batches}
-        everywhere = {number: found for share in all_gather_objects(own) for number, found in share.items()}
-        ordered = [everywhere[number] for number in sorted(everywhere)]
-        return Distances(
-            tuple(key for found in ordered for key in found.keys),
-            np.concatenate([found.kl_U for found in ordered]),
-            np.concatenate([found.agreements_U for found in ordered]),
-            np.concatenate([found.tokens_U for found in ordered]),
+        return Distances.of_all_ranks(
+            {b.number: self._distance(student, b, final_hidden(b, student.decoder.layers)) for b in self.batches}
         )
 
     def kl(self, student: AsrModel, batch: WalkBatch, student_ND: Tensor) -> tuple[float, int]:
@@ -125,15 +94,9 @@ class HeldOut:
         return float(found.kl_U.sum()), int(found.tokens_U.sum())
 
     def _distance(self, student: AsrModel, batch: WalkBatch, student_ND: Tensor) -> Distances:
-        rows = _compare(student, _states(student, batch, student_ND), self._states_RD[batch.number])
-        keys, owners_R = self._keys[batch.number], self._owners_R[batch.number].numpy()
-        kl_R, agrees_R = rows.kl_R.double().cpu().numpy(), rows.agrees_R.cpu().numpy()
-        return Distances(
-            keys,
-            np.bincount(owners_R, weights=kl_R, minlength=len(keys)),
-            np.bincount(owners_R[agrees_R], minlength=len(keys)),
-            np.bincount(owners_R, minlength=len(keys)),
-        )
+        exact_RD, targets_R = self._states_RD[batch.number], self._targets_R[batch.number]
+        rows = _compare(student, _states(student, batch, student_ND), exact_RD, targets_R)
+        return Distances.of_rows(self._keys[batch.number], rows, self._owners_R[batch.number].numpy())
 
 
 @torch.no_grad()
@@ -146,7 +109,8 @@ def kl_between(model: AsrModel, batch: WalkBatch, student_ND: Tensor, teacher_ND
         student_ND: Behind the student's last layer.
         teacher_ND: Behind the teacher's.
     """
-    rows = _compare(model, _states(model, batch, student_ND), _states(model, batch, teacher_ND))
+    nothing_R = torch.zeros(len(batch.rows_R), dtype=torch.int64, device=batch.rows_R.device)  # no cross-entropy
+    rows = _compare(model, _states(model, batch, student_ND), _states(model, batch, teacher_ND), nothing_R)
     return float(rows.kl_R.double().sum()), len(batch.rows_R)
 
 
@@ -156,7 +120,6 @@ def _states(model: AsrModel, batch: WalkBatch, hidden_ND: Tensor) -> Tensor:
         return model.decoder.norm(hidden_ND.index_select(0, batch.rows_R))
 
 
-def _compare(model: AsrModel, student_RD: Tensor, teacher_RD: Tensor) -> RowMetrics:
-    """Through the head that both share; of no interest is the cross-entropy, for which targets would be needed."""
-    nothing_R = torch.zeros(len(teacher_RD), dtype=torch.int64, device=teacher_RD.device)
-    return row_metrics(student_RD, teacher_RD, model.head_weight_VD, nothing_R, chunk_rows=CHUNK_ROWS)
+def _compare(model: AsrModel, student_RD: Tensor, teacher_RD: Tensor, targets_R: Tensor) -> RowMetrics:
+    """Through the head that both share."""
+    return row_metrics(student_RD, teacher_RD, model.head_weight_VD, targets_R, chunk_rows=CHUNK_ROWS)

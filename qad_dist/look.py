@@ -5,7 +5,7 @@ import logging
 from qad_dist.asr.dataset import LabelledSet, OnDamaged, languages_of
 from qad_dist.asr.load import AsrModel
 from qad_dist.config import RunConfig
-from qad_dist.distill.evaluate import Compared, Evaluation, compare, summed
+from qad_dist.distill.evaluate import Distances, Evaluation, compare, summed
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.heldout import heldout_batches
 from qad_dist.heldout_words import HeldOutWords, count_heldout_words, word_error_rate
@@ -58,28 +58,28 @@ class Look:
         self._languages = {str(key): names[code] for key, code in zip(keys, codes, strict=True)}
         self._decoded_rows = heldout.rows[: run.train.decode_utterances] if decoding is not None else None
         # The look that the gap was told from, for the loop's first one: the student is still the same.
-        self._compared: Compared | None = None
+        self._distances: Distances | None = None
         self._words: HeldOutWords | None = None
 
     def gap(self) -> Gap | None:
         """What there is to be gained, before the first step; None if nothing is decoded."""
-        self._compared, self._words = self._compare(), self._count()
+        self._distances, self._words = self._compare(), self._count()
         if self._words is None:
             return None
-        decoded = _only(self._compared, set(self._words.keys))
+        decoded = self._distances.only(set(self._words.keys))
         return describe_gap(decoded, self._words, format=self._run.quantize.format)
 
     def evaluate(self) -> Evaluation:
         """The distance of the student as it is."""
-        compared, self._compared = self._compared or self._compare(), None
-        return summed(compared, languages=self._languages)
+        distances, self._distances = self._distances or self._compare(), None
+        return summed(distances, languages=self._languages)
 
     def word_error_rate(self) -> float | None:
         """Of the student as it is; None if nothing is decoded."""
         words, self._words = self._words or self._count(), None
         return None if words is None else word_error_rate(words)
 
-    def _compare(self) -> Compared:
+    def _compare(self) -> Distances:
         batches = heldout_batches(
             self._heldout,
             self._run,
@@ -98,15 +98,3 @@ class Look:
         return count_heldout_words(
             self._run, self._decoding, self._decoded_rows, self._reader, self._world, on_damaged=self._on_damaged
         )
-
-
-def _only(compared: Compared, keys: set[str]) -> Compared:
-    """Of these utterances."""
-    kept = [place for place, key in enumerate(compared.keys) if key in keys]
-    return Compared(
-        keys=tuple(compared.keys[place] for place in kept),
-        kl_U=compared.kl_U[kept],
-        ce_U=compared.ce_U[kept],
-        agreements_U=compared.agreements_U[kept],
-        tokens_U=compared.tokens_U[kept],
-    )

@@ -1,6 +1,8 @@
 """What the pictures of this project have in common: how they are made, how they look, and how they get to disk."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +15,15 @@ from shards.storage import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@contextmanager
+def drawn_if_possible(path: Path, logger: logging.Logger) -> Generator[None]:
+    """Inside, a picture is drawn; where matplotlib, an extra, is missing, a line of the log says so and all goes on."""
+    try:
+        yield
+    except ConfigError as reason:
+        logger.warning("event=no_picture path=%s reason=%r", path, str(reason))
 
 
 def new_figure(path: Path, *, width: float, height: float) -> "Figure":

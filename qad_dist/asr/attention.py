@@ -60,7 +60,7 @@ class Segments:
         """
         num_positions = int(lengths_S.sum())
         starts_S = F.pad(lengths_S.cumsum(0), (1, 0))[:-1]
-        group_S = _groups_of(lengths_S)
+        group_S = torch.tensor(_groups_of(lengths_S.tolist()))
         groups: list[SegmentGroup] = []
         scatter_T, num_cells = torch.empty(num_positions, dtype=torch.int64), 0
         for number in range(NUM_GROUPS):
@@ -79,15 +79,15 @@ class Segments:
         return cls(tuple(groups), scatter_T.to(device))
 
 
-def _groups_of(lengths_S: Tensor) -> Tensor:
+def _groups_of(lengths: list[int]) -> list[int]:
     """0 for lengths above half the longest, 1 above a quarter, and so on; the next longest joins one that is alone."""
-    longest = lengths_S.max()
-    group_S = torch.stack([2**power * lengths_S <= longest for power in range(1, NUM_GROUPS)]).sum(0)
+    longest = max(lengths)
+    groups = [sum(2**power * length <= longest for power in range(1, NUM_GROUPS)) for length in lengths]
     for number in range(NUM_GROUPS - 1):
-        shorter_S = group_S > number
-        if int((group_S == number).sum()) == 1 and shorter_S.any():
-            group_S[torch.where(shorter_S, lengths_S, 0).argmax()] = number
-    return group_S
+        shorter = [place for place, group in enumerate(groups) if group > number]
+        if groups.count(number) == 1 and shorter:
+            groups[max(shorter, key=lambda place: lengths[place])] = number
+    return groups
 
 
 def _mask(lengths_G: Tensor, within_L: Tensor, *, causal: bool) -> Tensor:

@@ -5,15 +5,14 @@ Dimension key: U utterances, R response rows.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from qad_dist.batch import Batch
-from qad_dist.distill.loss import row_metrics
+from qad_dist.distill.loss import RowMetrics, row_metrics
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.runtime.collectives import all_gather_objects
 from shards.errors import ShardError
@@ -51,8 +50,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
-    """Sums over the response tokens of each utterance, in the order of the plan; equal on all ranks."""
+class Distances:
+    """Sums over the response tokens of each utterance, in the order of the plan."""
 
     keys: tuple[str, ...]
     kl_U: npt.NDArray[np.float64]
@@ -63,6 +62,63 @@ class Compared:
     """Tokens on which both models prefer the same one."""
     tokens_U: npt.NDArray[np.int64]
     """Response tokens; 0 of what could not be read."""
+
+    @classmethod
+    def of_rows(
+        cls,
+        keys: tuple[str, ...],
+        rows: RowMetrics,
+        owners_R: npt.NDArray[np.int64],
+        counts_R: npt.NDArray[np.bool_] | None = None,
+    ) -> Self:
+        """Add up rows.
+
+        Args:
+            keys: Of the utterances.
+            rows: Of all of them.
+            owners_R: Place of each row's utterance.
+            counts_R: Rows that count; None for all.
+        """
+        counts = np.ones(len(owners_R), np.bool_) if counts_R is None else counts_R
+
+        def add_up(values_R: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+            values_R = np.where(counts, values_R, 0.0)
+            return np.bincount(owners_R, weights=values_R, minlength=len(keys)).astype(np.float64)
+
+        return cls(
+            keys=keys,
+            kl_U=add_up(rows.kl_R.double().cpu().numpy()),
+            ce_U=add_up(rows.ce_R.double().cpu().numpy()),
+            agreements_U=add_up(rows.agrees_R.cpu().numpy()).astype(np.int64),
+            tokens_U=add_up(counts).astype(np.int64),
+        )
+
+    @classmethod
+    def of_all_ranks(cls, own: Mapping[int, Self]) -> Self:
+        """Those of all batches, by number in the plan, whichever rank had them; collective, equal on all ranks."""
+        everywhere = {number: found for share in all_gather_objects(own) for number, found in share.items()}
+        ordered = [everywhere[number] for number in sorted(everywhere)]
+        arrays = {name: np.concatenate([getattr(found, name) for found in ordered]) for name in _ARRAYS}
+        return cls(keys=tuple(key for found in ordered for key in found.keys), **arrays)
+
+    def only(self, keys: set[str]) -> Self:
+        """Of these utterances."""
+        kept = [place for place, key in enumerate(self.keys) if key in keys]
+        arrays = {name: getattr(self, name)[kept] for name in _ARRAYS}
+        return replace(self, keys=tuple(self.keys[place] for place in kept), **arrays)
+
+    @property
+    def kl_per_token(self) -> float:
+        """In nats."""
+        return float(self.kl_U.sum() / self.tokens_U.sum())
+
+    @property
+    def agreement(self) -> float:
+        """Share of the response tokens."""
+        return float(self.agreements_U.sum() / self.tokens_U.sum())
+
+
+_ARRAYS = ("kl_U", "ce_U", "agreements_U", "tokens_U")
 
 
 def evaluate(
@@ -86,27 +142,27 @@ def evaluate(
     return summed(compare(models, batches, chunk_rows=chunk_rows), languages=languages)
 
 
-def summed(compared: Compared, *, languages: Mapping[str, str | None] | None = None) -> Evaluation:
+def summed(distances: Distances, *, languages: Mapping[str, str | None] | None = None) -> Evaluation:
     """Means over all tokens. Pure."""
-    tokens = int(compared.tokens_U.sum())
     by_language = {}
     if languages is not None:
-        names = np.array([languages[key] or UNKNOWN_LANGUAGE for key in compared.keys])
-        for name in sorted(set(names.tolist())):
-            own = names == name
-            if own_tokens := int(compared.tokens_U[own].sum()):
-                by_language[name] = float(compared.kl_U[own].sum()) / own_tokens
+        names = [languages[key] or UNKNOWN_LANGUAGE for key in distances.keys]
+        for name in sorted(set(names)):
+            own = distances.only({key for key, one in zip(distances.keys, names, strict=True) if one == name})
+            if own.tokens_U.any():
+                by_language[name] = own.kl_per_token
+    tokens = int(distances.tokens_U.sum())
     return Evaluation(
-        kl_per_token=float(compared.kl_U.sum()) / tokens,
-        ce_per_token=float(compared.ce_U.sum()) / tokens,
-        agreement=int(compared.agreements_U.sum()) / tokens,
+        kl_per_token=distances.kl_per_token,
+        ce_per_token=float(distances.ce_U.sum()) / tokens,
+        agreement=distances.agreement,
         response_tokens=tokens,
         kl_by_language=by_language,
     )
 
 
 @torch.no_grad()
-def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, chunk_rows: int) -> Compared:
+def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, chunk_rows: int) -> Distances:
     """How far the models are from each other, utterance by utterance; rows without weight do not count.
 
     Args:
@@ -118,7 +174,7 @@ def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, 
     Raises:
         ShardError: On every rank, when no row of the set has a weight.
     """
-    own: dict[int, Compared] = {}
+    own: dict[int, Distances] = {}
     for number, host_batch in batches:
         batch = host_batch.to(models.device)
         embedded = models.embed(batch)
@@ -131,35 +187,12 @@ def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, 
             teacher_head_VE=models.teacher_head_VE,
         )
         if number >= 0:
-            own[number] = _by_utterance(host_batch, rows.kl_R, rows.ce_R, rows.agrees_R)
+            counts_R = ((host_batch.kl_weight_R > 0) | (host_batch.ce_weight_R > 0)).numpy()
+            own[number] = Distances.of_rows(host_batch.keys, rows, host_batch.owners().numpy(), counts_R)
     # In plan order, whichever rank had them: floating-point sums depend on their order.
-    everywhere = {number: found for share in all_gather_objects(own) for number, found in share.items()}
-    ordered = [everywhere[number] for number in sorted(everywhere)]
-    if not sum(int(found.tokens_U.sum()) for found in ordered):
+    found = Distances.of_all_ranks(own)
+    if not found.tokens_U.any():
         error = ShardError("held-out utterances must be readable, got none that is; verify the shards and pack again")
         error.is_shared = True  # every rank has the sums of all
         raise error
-    arrays = {name: np.concatenate([getattr(found, name) for found in ordered]) for name in _ARRAYS}
-    return replace(ordered[0], keys=tuple(key for found in ordered for key in found.keys), **arrays)
-
-
-_ARRAYS = ("kl_U", "ce_U", "agreements_U", "tokens_U")
-
-
-def _by_utterance(batch: Batch, kl_R: Tensor, ce_R: Tensor, agrees_R: Tensor) -> Compared:
-    """Sums of each utterance of a batch, which is on the host."""
-    count = batch.num_utterances
-    counts_R = ((batch.kl_weight_R > 0) | (batch.ce_weight_R > 0)).numpy()
-    owners_R = torch.searchsorted(batch.cu_seqlens_U1[1:].long(), batch.rows_R, right=True).numpy()
-
-    def add_up(values_R: Tensor | npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-        values = values_R.double().cpu().numpy() if isinstance(values_R, Tensor) else values_R
-        return np.bincount(owners_R, weights=np.where(counts_R, values, 0.0), minlength=count).astype(np.float64)
-
-    return Compared(
-        keys=batch.keys,
-        kl_U=add_up(kl_R),
-        ce_U=add_up(ce_R),
-        agreements_U=add_up(agrees_R).astype(np.int64),
-        tokens_U=add_up(counts_R).astype(np.int64),
-    )
+    return found

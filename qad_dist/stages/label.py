@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from qad_dist.asr.labeller import Labeller, open_labeller
 from qad_dist.asr.load import resolve_model_folder
@@ -33,10 +31,11 @@ from qad_dist.text.label_report import (
     report_text,
 )
 from shards.claims import Claims
-from shards.errors import ConfigError, ShardError
+from shards.errors import ShardError
 from shards.faults import fault_point
 from shards.labelled import better_answers
 from shards.labels import label_path, second_path, write_labels
+from shards.pictures import drawn_if_possible
 from shards.read import Damaged
 from shards.schema import ENDED_BY_LENGTH
 from shards.selection import own_first
@@ -211,7 +210,9 @@ def _finish(work: Labelling) -> None:
     write_json(work.folder / ACCEPT_JSON, summary)
     with atomic_write(work.folder / ACCEPT_MARKDOWN) as file:
         file.write(report_markdown(summary).encode())
-    _draw(summary, work.folder / ACCEPT_PICTURE)
+    picture = work.folder / ACCEPT_PICTURE
+    with drawn_if_possible(picture, log):
+        draw_report(summary, picture)
     # Claims of processes that were killed when their shard was done; those of another job are through as well.
     shutil.rmtree(work.folder / CLAIMS, ignore_errors=True)
     log.info(
@@ -233,11 +234,3 @@ def _finish(work: Labelling) -> None:
     )
     sys.stdout.write(report_text(summary) + f"Examples: {work.folder / ACCEPT_MARKDOWN}\n")
     sys.stdout.flush()
-
-
-def _draw(summary: dict[str, Any], path: Path) -> None:
-    """The picture needs an extra, and labels are no worse without it."""
-    try:
-        draw_report(summary, path)
-    except ConfigError as reason:
-        log.warning("event=no_picture path=%s reason=%r", path, str(reason))

@@ -39,6 +39,7 @@ from qad_dist.text.comparison import Measured, compare_formats, comparison_markd
 from qad_dist.text.sensitivity_picture import draw_sensitivity
 from qad_dist.text.sensitivity_table import sensitivity_markdown, sensitivity_summary
 from shards.errors import ModelError
+from shards.pictures import drawn_if_possible
 from shards.storage import atomic_write, write_json
 from shards.workers import Reader
 
@@ -250,7 +251,9 @@ def _write_sensitivity(run: RunConfig, sensitivity: dict[str, Any]) -> None:
     write_json(folder / "sensitivity.json", sensitivity)
     with atomic_write(folder / "sensitivity.md") as file:
         file.write(sensitivity_markdown(sensitivity).encode())
-    draw_sensitivity(sensitivity, folder / "sensitivity.png")
+    path = folder / "sensitivity.png"
+    with drawn_if_possible(path, log):
+        draw_sensitivity(sensitivity, path)
     sys.stdout.write(sensitivity_summary(sensitivity))
     sys.stdout.flush()
 

@@ -35,10 +35,11 @@ from qad_dist.runtime.record import DONE, STUDENT, WITHOUT_EFFECT, begin_stage, 
 from qad_dist.runtime.world import World, check_enough_work, check_micro_batches, joined_world
 from qad_dist.runtime.zero import zero_stage
 from qad_dist.text.gap import GAP, Gap, gap_summary
-from qad_dist.text.loss_picture import draw_losses
+from qad_dist.text.loss_picture import LOSS_PICTURE, draw_losses
 from qad_dist.training_data import Data, largest_micro_batches, load_data
 from qad_dist.training_models import Models, load_models
 from shards.errors import CheckpointError, ModelError, StageError
+from shards.pictures import drawn_if_possible
 from shards.storage import fingerprint, read_json, settle_interrupted, verify_manifest, write_json
 from shards.workers import Reader
 
@@ -322,7 +323,9 @@ def _write(run: RunConfig, written: AsrModel | None, quantization: Quantization,
         raise CheckpointError(f"{folder / BEST} must hold all {len(names)} decoder weights, got {len(weights)}")
     stack.load_state_dict(weights, strict=False)  # the quantizers stay as they are
     save_student(written, quantization, folder / STUDENT, dtype=run.model.dtype)
-    draw_losses([json.loads(line) for line in (folder / METRICS).read_text().splitlines()], folder / "losses.png")
+    path = folder / LOSS_PICTURE
+    with drawn_if_possible(path, log):
+        draw_losses([json.loads(line) for line in (folder / METRICS).read_text().splitlines()], path)
     best = read_json(folder / BEST / STATE)  # not the state's: a kill may lie between the two
     told = {
         **results,

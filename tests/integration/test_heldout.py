@@ -6,7 +6,8 @@ import torch
 
 from qad_dist.asr.load import load_teacher
 from qad_dist.config import load_run
-from qad_dist.heldout import Distances, HeldOut
+from qad_dist.distill.evaluate import Distances
+from qad_dist.heldout import HeldOut
 from qad_dist.pairing import load_student
 from qad_dist.runtime.reading import open_reader
 from qad_dist.runtime.world import current_world

@@ -239,9 +239,9 @@ def test_gradient_reaches_hidden_states_at_response_rows_only(nano: AsrModel, ex
     batch = pack(nano, examples[:3])
     outputs: list[Tensor] = []
 
-    def stack(hidden_ND: Tensor, *_: Any) -> Tensor:
+    def stack(hidden_ND: Tensor, *_: Any) -> tuple[Tensor]:
         outputs.append(hidden_ND.clone().requires_grad_())
-        return outputs[0]
+        return (outputs[0],)
 
     response_states(stack, embed(nano, batch), nano.decoder.norm).square().sum().backward()
 
