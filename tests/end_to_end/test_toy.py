@@ -72,7 +72,7 @@ def test_start_of_a_finished_run_skips_all_stages_at_once_and_shows_the_result_a
 
 
 def test_training_ran_on_two_ranks_under_deepspeed_zero_2(starts):
-    assert "rank=0 event=engine type=DEEPSPEED zero_stage=2 ranks=2 trained_weights=589824" in starts.second.stderr
+    assert "rank=0 event=engine sharding=ZeRO-2 type=DEEPSPEED ranks=2 trained_weights=589824" in starts.second.stderr
     shares = (starts.run / "train" / "step-000006" / "engine").glob("*_zero_pp_rank_*_optim_states.pt")
     assert [path.name[:19] for path in sorted(shares)] == ["bf16_zero_pp_rank_0", "bf16_zero_pp_rank_1"]
 
