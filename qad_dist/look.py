@@ -1,7 +1,5 @@
 """A look at a student in training: how far it is from its teacher on the held-out split, and what words that costs."""
 
-import logging
-
 from qad_dist.asr.dataset import LabelledSet, OnDamaged, languages_of
 from qad_dist.asr.load import AsrModel
 from qad_dist.config import RunConfig
@@ -14,8 +12,6 @@ from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.world import World
 from qad_dist.text.gap import Gap, describe_gap
 from shards.workers import Reader
-
-log = logging.getLogger(__name__)
 
 LAYERS = "layers."
 """In front of the names of a :class:`~qad_dist.asr.decoder.DecoderStack`'s weights."""

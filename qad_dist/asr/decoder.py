@@ -51,10 +51,12 @@ class DecoderStack(nn.Module):
         # A copy, not a view: a compiled layer looks at what a view is of, and the first one would need its own graph.
         hidden_1ND = torch.stack([hidden_ND])
         is_compiled = getattr(self.layers[0], "_compiled_call_impl", None) is not None
+        if is_compiled:
+            _mark_lengths(*_lengths_of(cos_1NE, sin_1NE, segments))
         states: list[Tensor] = []
         for layer in self.layers:
             if is_compiled:
-                _mark_lengths(hidden_1ND, cos_1NE, sin_1NE, segments)
+                _mark_lengths((hidden_1ND, [1]))  # an output carries no mark
             hidden_1ND = layer(
                 hidden_1ND, position_embeddings=(cos_1NE, sin_1NE), attention_mask=None, segments=segments
             )
@@ -78,16 +80,20 @@ def compile_layers(*stacks: nn.ModuleList) -> None:
             layer.compile(fullgraph=True)
 
 
-def _mark_lengths(hidden_1ND: Tensor, cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> None:
-    """Tell the compiler which sizes differ from batch to batch."""
-    from torch._dynamo import maybe_mark_dynamic  # takes seconds to import
-
-    for tensor, sizes in (
-        *((hidden_1ND, [1]), (cos_1NE, [1]), (sin_1NE, [1])),
-        (segments.scatter_T, [0]),
+def _lengths_of(cos_1NE: Tensor, sin_1NE: Tensor, segments: Segments) -> list[tuple[Tensor, list[int]]]:
+    """What all layers are given alike, and which of its sizes differ from batch to batch."""
+    return [
+        *((cos_1NE, [1]), (sin_1NE, [1]), (segments.scatter_T, [0])),
         *((group.gather_GL, [0, 1]) for group in segments.groups),
         *((group.mask_G1LL, [0, 2, 3]) for group in segments.groups),
-    ):
+    ]
+
+
+def _mark_lengths(*tensors: tuple[Tensor, list[int]]) -> None:
+    """Tell the compiler of sizes that differ from batch to batch."""
+    from torch._dynamo import maybe_mark_dynamic  # takes seconds to import
+
+    for tensor, sizes in tensors:
         maybe_mark_dynamic(tensor, sizes)
 
 

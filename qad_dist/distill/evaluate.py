@@ -16,8 +16,7 @@ from qad_dist.distill.loss import RowMetrics, row_metrics
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.runtime.collectives import all_gather_objects
 from shards.errors import ShardError
-
-UNKNOWN_LANGUAGE = "unknown"
+from shards.index import UNKNOWN_LANGUAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

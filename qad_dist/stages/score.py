@@ -37,7 +37,7 @@ from qad_dist.text.normalize import NORMALIZER, unit
 from qad_dist.text.table import SCORE, score_markdown, score_summary, score_table
 from qad_dist.text.wer import ErrorCounts, corpus, count_errors
 from shards.errors import ShardError
-from shards.index import read_utterances
+from shards.index import UNKNOWN_LANGUAGE, read_utterances
 from shards.plan import plan_decoding
 from shards.schema import ENDED_BY_LENGTH, Utterance
 from shards.storage import atomic_write, folder_bytes, read_json, verify_manifest, write_json
@@ -46,7 +46,6 @@ from shards.workers import Reader
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 6 * 3600
-UNKNOWN_LANGUAGE = "unknown"
 OWN_STUDENTS = {"ptq": "quantize", "qad": "train"}
 """Systems that every run has, and the stages that wrote them."""
 

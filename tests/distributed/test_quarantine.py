@@ -1,6 +1,5 @@
 """Utterances that cannot be read, on two ranks: each knows of all, and both stop or go on alike."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from shards.read import Damaged, Shards
 from shards.workers import Reader
 from tests.helpers.damage import spoil
 from tests.helpers.labelled import response_of, table_of
+from tests.helpers.loops import START
 from tests.helpers.qwen import NANO
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reading import write_tones
@@ -33,15 +33,6 @@ from tests.helpers.states import PlainEngine, make_models
 
 STEPS, UTTERANCES, DAMAGED = 6, 20, (3, 8, 13)
 VOCABULARY, WIDTH = 1_100, 4
-START = TrainingState(
-    step=0,
-    skipped=0,
-    best_step=-1,
-    best_kl=math.inf,
-    best_word_error_rate=None,
-    looks_without_better=0,
-    fingerprint="f",
-)
 
 
 def quarantine_of(folder: Path, rank: int, *, max_share: float) -> SharedQuarantine:
