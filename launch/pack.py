@@ -4,13 +4,14 @@ python launch/pack.py --config configs/toy.yaml
 python launch/pack.py --config configs/toy.yaml --array 3/16    # the fourth of sixteen jobs, after `plan`; then `merge`
 python launch/pack.py verify --config configs/toy.yaml          # every byte; --quick: sizes; --deep: every sample too
 python launch/pack.py stats --config configs/toy.yaml
+python launch/pack.py splice --config configs/toy.yaml          # further training speech, of pieces of what is packed
 """
 
 import argparse
 import sys
 
 from qad_dist.config import RunConfig
-from qad_dist.runtime.program import run_program
+from qad_dist.runtime.program import Command, run_program
 
 
 def _run(config: RunConfig, options: argparse.Namespace) -> None:
@@ -19,28 +20,19 @@ def _run(config: RunConfig, options: argparse.Namespace) -> None:
     pack.run(config, array=options.array)
 
 
-def _plan(config: RunConfig, options: argparse.Namespace) -> None:
-    from qad_dist.stages import pack
-
-    pack.plan(config)
-
-
-def _merge(config: RunConfig, options: argparse.Namespace) -> None:
-    from qad_dist.stages import pack
-
-    pack.merge(config)
-
-
 def _verify(config: RunConfig, options: argparse.Namespace) -> None:
     from qad_dist.stages import pack
 
     pack.verify(config, quick=options.quick, deep=options.deep)
 
 
-def _stats(config: RunConfig, options: argparse.Namespace) -> None:
-    from qad_dist.stages import pack
+def _without_options(name: str) -> Command:
+    def call(config: RunConfig, options: argparse.Namespace) -> None:
+        from qad_dist.stages import pack
 
-    pack.stats(config)
+        getattr(pack, name)(config)
+
+    return call
 
 
 def _dry_run(config: RunConfig, options: argparse.Namespace) -> None:
@@ -56,5 +48,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"run": _run, "plan": _plan, "merge": _merge, "verify": _verify, "stats": _stats}
+    commands = {"run": _run, "verify": _verify}
+    commands |= {name: _without_options(name) for name in ("plan", "merge", "stats", "splice")}
     sys.exit(run_program(__doc__, commands, dry_run=_dry_run, add_options=_add_options))

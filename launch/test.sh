@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up with the tools of developers, checks style, types and import contracts, and runs all tests; options go to
-# pytest, e.g.: bash launch/test.sh -k config. Tests of recorded speech need QAD_SPEECH_DIR.
+# pytest, e.g.: bash launch/test.sh -k config. Tests of recorded speech need QAD_SPEECH_DIR; QAD_TEST_PROCESSES (2) run
+# side by side.
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
@@ -19,4 +20,5 @@ folders=()
 for kind in unit architecture determinism distributed faults integration end_to_end gpu; do
     [ ! -d "tests/$kind" ] || folders+=("tests/$kind")
 done
-exec python -m pytest "${folders[@]}" "$@"
+# Side by side: nearly all of them have one thread each. What the tests of a file share is made once.
+exec python -m pytest "${folders[@]}" --numprocesses "${QAD_TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -81,10 +81,14 @@ def choose_calibration(run: RunConfig) -> CalibrationSet:
     least one, are silence, which training leaves out (``label.filters.no_text``): spread over durations, too.
 
     Raises:
+        ConfigError: ``quantize.calibration_sources`` names a source of which there is nothing.
         ShardError: A label or verdict file is missing, damaged or of another shard; or no utterance has a text.
     """
     labelled = read_used_labels(run, TRAIN, wanted=is_silence)
     rows, is_silent = labelled.rows, labelled.is_wanted
+    if sources := run.quantize.calibration_sources:
+        of_sources = rows.utterances.places_of(sources, setting="quantize.calibration_sources")
+        rows, is_silent = rows.take(of_sources), is_silent[of_sources]
     if is_silent.all():
         raise ShardError(
             f"{run.stage_folder('label')} must hold usable labels with a text of the split {TRAIN!r}, got {len(rows)} "

@@ -15,7 +15,8 @@ from qad_dist.asr.dataset import OnDamaged, languages_of, refuse, try_mels_ahead
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.transcribe import Decoder, Request, response_limit, slot_length
-from qad_dist.config import LabelConfig, RunConfig
+from qad_dist.config import RunConfig
+from qad_dist.config.label import LabelConfig
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.world import World
 from qad_dist.text.wer import count_errors

@@ -34,8 +34,11 @@ def load_data(run: RunConfig, teacher: AsrModel, reader: Reader) -> Data:
     if run.train.teacher == "cached":
         stored = StoredStates(run.stage_folder("pack"), run.stage_folder("label"))
     labelled = read_used_labels(run, TRAIN)
+    rows = labelled.rows
+    if run.train.sources:
+        rows = rows.take(rows.utterances.places_of(run.train.sources, setting="train.sources"))
     training = LabelledSet(
-        labelled.rows,
+        rows,
         reader=reader,
         prompt=teacher.prompt.with_context(run.label.context),
         extractor=teacher.extractor,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from shards.columns import Columns, batch_of, schema_of
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
 from shards.schema import SPLITS, Utterance
 from shards.storage import atomic_write, fingerprint, read_json, sha256_file, write_json
 
@@ -75,6 +76,20 @@ class UtteranceTable(Columns[Utterance]):
         begins = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
         for begin, end in pairwise([*begins, len(codes)]):
             yield str(names[codes[begin]]), begin, end
+
+    def places_of(self, sources: Sequence[str], *, setting: str) -> npt.NDArray[np.int64]:
+        """Rows of some sources, by their names.
+
+        Raises:
+            ConfigError: A source has no row; ``setting`` is what its name stands in.
+        """
+        codes, names = self.codes("source")
+        if unknown := sorted(set(sources).difference(map(str, names))):
+            raise ConfigError(
+                f"{setting} must be sources of this speech ({', '.join(sorted(map(str, names)))}), got "
+                f"{', '.join(unknown)}; name some of those"
+            )
+        return np.flatnonzero(np.isin(codes, [number for number, name in enumerate(names) if name in sources]))
 
 
 class IndexWriter:

@@ -4,23 +4,18 @@ Which recording goes into which shard was decided before (:mod:`shards.tasks`), 
 packs them; :mod:`shards.merge` makes one data set of them.
 """
 
-import multiprocessing
-import os
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from shards.errors import SourceError, StageError
+from shards.errors import SourceError
 from shards.index import INDEX
 from shards.merge import refuse_too_many
 from shards.places import Place
-from shards.shard import ShardSettings, pack_task, read_part
-from shards.tasks import EXCLUDE, Task, TaskFile, num_recordings
-from shards.workers import begin_worker
+from shards.processes import map_in_processes
+from shards.shard import ShardSettings, pack_task
+from shards.tasks import EXCLUDE, TaskFile, num_recordings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +64,12 @@ def pack_tasks(
         "planned_seconds_in_all": sum(task.seconds for task in own),
     }
     num_done, num_rejected, seconds, planned = 0, 0, 0.0, 0.0
-    with closing(_pack_all(plan, numbers, settings, processes)) as results:
-        for task, done in results:
+    packing = _Packing(plan=plan, settings=settings)
+    with closing(
+        map_in_processes(packing, numbers, processes=processes, name_of=lambda number: plan.tasks[number].name)
+    ) as results:
+        for number, done in results:
+            task = plan.tasks[number]
             num_done += num_recordings([task])
             planned += task.seconds
             seconds += done.seconds
@@ -110,43 +109,13 @@ class _Done:
     num_rejected: int
 
 
-def _pack_all(
-    plan: TaskFile, numbers: Sequence[int], settings: ShardSettings, processes: int
-) -> Generator[tuple[Task, _Done], None, None]:
-    """Results as they come, in any order."""
-    num_processes = min(processes or len(os.sched_getaffinity(0)), len(numbers))
-    if num_processes <= 1:
-        for number in numbers:
-            yield plan.tasks[number], _pack_number(plan, number, settings)
-        return
-    # Spawned, not forked: a fork copies the locks of threads that do not exist in the child.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=begin_worker)
-    try:
-        futures = {executor.submit(_pack_in_worker, plan.folder, number, settings): number for number in numbers}
-        for future in as_completed(futures):
-            yield plan.tasks[futures.pop(future)], future.result()
-    except BrokenProcessPool as cause:
-        unfinished = [
-            plan.tasks[number].name for number in numbers if read_part(plan.folder, plan.tasks[number]) is None
-        ]
-        raise StageError(
-            f"pack.processes must all live, got one that died in one of {', '.join(unfinished[:num_processes])}; "
-            "if it ran out of memory set pack.processes or pack.max_recording_hours lower; finished shards are kept"
-        ) from cause
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Packing:
+    """Packs the tasks of a plan by number, in whatever process."""
 
+    plan: TaskFile
+    settings: ShardSettings
 
-@lru_cache(maxsize=1)
-def _opened(folder: Path) -> TaskFile:
-    return TaskFile(folder)
-
-
-def _pack_in_worker(folder: Path, number: int, settings: ShardSettings) -> _Done:
-    return _pack_number(_opened(folder), number, settings)
-
-
-def _pack_number(plan: TaskFile, number: int, settings: ShardSettings) -> _Done:
-    packed = pack_task(plan.folder, plan.tasks[number], plan.recordings(number), settings)
-    return _Done(seconds=packed.entry.seconds if packed.entry else 0.0, num_rejected=len(packed.rejected))
+    def __call__(self, number: int) -> _Done:
+        packed = pack_task(self.plan.folder, self.plan.tasks[number], self.plan.recordings(number), self.settings)
+        return _Done(seconds=packed.entry.seconds if packed.entry else 0.0, num_rejected=len(packed.rejected))

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
 
-from shards.audio import Samples, codes_of, digest, digest_of_flac, encode_flac, read_recording
+from shards.audio import Samples, codec_versions, codes_of, digest, digest_of_flac, encode_flac, read_recording
 from shards.columns import values_of
 from shards.cuts import CostOf, SpeechCost, cut, energy
 from shards.errors import AudioError, ShardError
@@ -104,8 +102,7 @@ def pack_task(folder: Path, task: Task, recordings: Sequence[Recording], setting
 def fingerprint_of(task: Task, recordings: Sequence[Recording], settings: ShardSettings) -> str:
     """Of everything that decides what a task makes, but for the contents of the recordings."""
     rows = [{**values_of(recording), "path": printable(recording.path)} for recording in recordings]
-    versions = [soundfile.__version__, soundfile.__libsndfile_version__, soxr.__version__]
-    return fingerprint(values_of(task), rows, values_of(settings), versions)
+    return fingerprint(values_of(task), rows, values_of(settings), codec_versions())
 
 
 def write_part(folder: Path, task: Task, packed: Packed, *, plan: list[str]) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -136,6 +136,10 @@ class TaskFile:
             raise ShardError(f"{path} must list the recordings to pack, got {cause}; plan the pack again") from cause
         if num_batches != len(self.tasks):
             raise ShardError(f"{path} must hold {len(self.tasks)} tasks, got {num_batches}; plan the pack again")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        """Another process opens it anew."""
+        return type(self), (self.folder,)
 
     def recordings(self, number: int) -> list[Recording]:
         """Of the task of that number."""

@@ -6,8 +6,6 @@ torch, leave Ctrl-C to their parent and end with it, also if it is killed.
 """
 
 import multiprocessing
-import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +18,7 @@ from typing import NamedTuple, Self
 
 from shards.audio import Samples
 from shards.errors import QadError, StageError
+from shards.processes import begin_worker
 from shards.read import Codes, Damaged, Shards, refuse_damaged, to_samples
 from shards.schema import Utterance
 
@@ -139,19 +138,6 @@ class Pending:
             found.update(zip(numbers, future.result(), strict=True))
         ordered = (found[number] for number in range(len(found)))
         return [one if isinstance(one, Damaged) else to_samples(one) for one in ordered]
-
-
-def begin_worker() -> None:
-    """Of a spawned process: leave Ctrl-C to the parent, and end with it. Orphans would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class _Task(NamedTuple):

@@ -15,10 +15,9 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-import soxr
 
-from qad_dist.augment_section import AugmentConfig
-from shards.audio import Samples
+from qad_dist.config.augment import AugmentConfig
+from shards.audio import Samples, change_speed
 from shards.schema import SAMPLE_RATE_HZ
 
 RULES_VERSION = 1
@@ -122,9 +121,7 @@ def augment(audio_A: Samples, variant: Variant) -> Samples:
     if variant == IDENTITY:
         return audio_A
     num_samples = augmented_samples(len(audio_A), variant.speed)
-    rate_hz = round(variant.speed * SAMPLE_RATE_HZ)
-    if rate_hz != SAMPLE_RATE_HZ:
-        audio_A = soxr.resample(audio_A, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    audio_A = change_speed(audio_A, variant.speed)
     assert len(audio_A) == num_samples, f"soxr must give {num_samples} audio samples, got {len(audio_A)}"
     if variant.snr_db is not None:
         audio_A = audio_A + _noise(len(audio_A), _rms(audio_A) * 10 ** (-variant.snr_db / 20), variant.seed)

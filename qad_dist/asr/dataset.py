@@ -16,8 +16,8 @@ from qad_dist.asr.augment import RULES_VERSION, augment, augmented_samples, choo
 from qad_dist.asr.collate import Example, collate
 from qad_dist.asr.mel import log_mels, num_frames
 from qad_dist.asr.prompt import Prompt
-from qad_dist.augment_section import AugmentConfig
 from qad_dist.batch import Batch
+from qad_dist.config.augment import AugmentConfig
 from qad_dist.runtime.world import World
 from shards.audio import Samples
 from shards.errors import ShardError

@@ -18,7 +18,8 @@ from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.transcribe import Decoder, Hypothesis, Request, response_limit, slot_length
 from qad_dist.asr.vllm import AudioRequest, VllmTeacher, open_teacher, transcribe_with_vllm
 from qad_dist.asr.vllm_server import gpu_name
-from qad_dist.config import LabelConfig, RunConfig
+from qad_dist.config import RunConfig
+from qad_dist.config.label import LabelConfig
 from qad_dist.runtime.world import World, device_for
 from shards.languages import LANGUAGES
 from shards.plan import plan_decoding

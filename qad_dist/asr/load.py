@@ -14,7 +14,7 @@ from qad_dist.asr.attention import SEGMENT_ATTENTION, register
 from qad_dist.asr.checkpoint import HEAD, USED_PARTS, first_line, load_config, load_processor, model_errors, stored_head
 from qad_dist.asr.mel import extractor_mismatches
 from qad_dist.asr.prompt import Prompt
-from qad_dist.config import ModelConfig
+from qad_dist.config.model import ModelConfig
 from qad_dist.linears import LINEARS
 from qad_dist.runtime.logs import prints_as_debug
 from shards.errors import ModelError

@@ -21,7 +21,7 @@ from qad_dist.asr.mel import log_mels
 from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.transcribe import Request, decode, response_limit, slot_length
 from qad_dist.batch import Batch
-from qad_dist.config import LabelConfig
+from qad_dist.config.label import LabelConfig
 from shards.audio import Samples
 from shards.labelled import LabelledTable
 from shards.schema import ENDED_BY_END_TOKEN, SAMPLE_RATE_HZ

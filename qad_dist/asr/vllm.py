@@ -19,7 +19,8 @@ from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.transcribe import Hypothesis
 from qad_dist.asr.vllm_client import START, URL, Generated, Served, VllmClient
 from qad_dist.asr.vllm_server import VllmServer
-from qad_dist.config import LabelConfig, ModelConfig
+from qad_dist.config.label import LabelConfig
+from qad_dist.config.model import ModelConfig
 from shards.errors import ConfigError, ModelError
 from shards.read import Codes
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,17 +45,17 @@ WEIGHTS = "decoder.safetensors"
 class TrainingState:
     """Where training stands; everything else is a function of it and of the config."""
 
-    step: int
+    step: int = 0
     """Steps done; also the position in the data."""
-    skipped: int
+    skipped: int = 0
     """Of these, steps that were left out because a loss or gradient was no finite number."""
-    best_step: int
+    best_step: int = -1
     """Step of the best evaluation so far; 0 is the student before training, -1 none yet."""
-    best_kl: float
+    best_kl: float = math.inf
     """Its KL per token on the held-out set."""
-    best_word_error_rate: float | None
+    best_word_error_rate: float | None = None
     """Its held-out word error rate, if it was decoded."""
-    looks_without_better: int
+    looks_without_better: int = 0
     """Evaluations since then."""
     fingerprint: str
     """Of settings, data and student that this run trains with."""
@@ -197,7 +197,7 @@ class Checkpoints:
         best = self._folder / BEST
         step = read_json(best / STATE)["step"] if best.is_dir() else -1
         if step != state.best_step and (is_sent_back or step <= state.step):
-            state = replace(state, best_step=-1, best_kl=math.inf, best_word_error_rate=None, looks_without_better=0)
+            state = TrainingState(step=state.step, skipped=state.skipped, fingerprint=state.fingerprint)
             if best.is_dir():
                 shutil.rmtree(best)
         if is_sent_back:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.checkpoint import Checkpoints, TrainingState
 from qad_dist.distill.evaluate import Evaluation
 from qad_dist.distill.loss import distillation_loss
@@ -23,7 +24,6 @@ from qad_dist.distill.optim import learning_rate_at
 from qad_dist.distill.window import BadBatch, Window
 from qad_dist.runtime.collectives import own_rank
 from qad_dist.runtime.engine import Engine
-from qad_dist.train_section import TrainConfig
 from shards.errors import NonFiniteError
 from shards.faults import fault_point
 
@@ -101,8 +101,7 @@ def train(
     if state.best_step < 0:  # new, or resumed where the best student is gone: then its line is there already
         state = _evaluate(state, settings, hooks, write=state.step == 0)
     skipped_before = engine.num_skipped() - state.skipped  # in a preflight, or before this start
-    window = Window(models.device, token_budget=settings.micro_batch_tokens)
-    window.clock.start()
+    window = Window(models.device, settings)
     while state.step < settings.steps and not _has_stalled(state, settings):
         learning_rate = learning_rate_at(
             state.step,
@@ -278,7 +277,7 @@ def _evaluate(state: TrainingState, settings: TrainConfig, hooks: Hooks, *, writ
         evaluation = replace(evaluation, word_error_rate=hooks.count_words())
     if write:
         hooks.write(state.step, evaluation.as_metrics("heldout_"))
-    is_best = is_better(evaluation, state)
+    is_best = settings.keep == "last" or is_better(evaluation, state)
     log.info(
         "event=evaluate step=%d heldout_kl=%.6f agreement=%.4f word_error_rate=%s best=%s",
         *(state.step, evaluation.kl_per_token, evaluation.agreement),

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from qad_dist.head import FrozenHead
 
+FAINT = 1e-20
+"""Of a probability: float32 has no logarithms of much smaller ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
@@ -111,26 +114,16 @@ class _ChunkedDistillation(torch.autograd.Function):
         ce_weight_R = torch.zeros_like(kl_weight_R) if ce_weight_R is None else ce_weight_R
         counts_R = ((kl_weight_R > 0) | (ce_weight_R > 0)).float()
         head = FrozenHead(head_VD)
-        teacher_head = head if teacher_head_VE is None else FrozenHead(teacher_head_VE)
+        teacher_head = None if teacher_head_VE is None else FrozenHead(teacher_head_VE)
         for start in range(0, len(targets_R), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            student_CV, teacher_CV = head(student_RD[rows]), teacher_head(teacher_RD[rows])
-            agrees_C = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
             # In place where it can be: of a vocabulary of 151,936, each of these takes 0.6 GB at 1,024 rows.
-            log_plain_CV = F.log_softmax(student_CV, dim=-1)
-            if temperature == 1:
-                log_student_CV = log_plain_CV
-            else:
-                teacher_CV.div_(temperature)
-                log_student_CV = F.log_softmax(student_CV.div_(temperature), dim=-1)
-            del student_CV
-            log_teacher_CV = F.log_softmax(teacher_CV, dim=-1)
-            del teacher_CV
-            divergence = _reverse if is_reverse else _forward
-            kl_C, gradient_CV = divergence(log_teacher_CV, log_student_CV)
-            del log_teacher_CV
+            teacher_CV, shift_CV = head.compare(student_RD[rows], teacher_RD[rows], teacher_head=teacher_head)
+            kl_C, ce_C, agrees_C, gradient_CV, plain_CV = _divergence(
+                teacher_CV, shift_CV, targets_R[rows], temperature=temperature, is_reverse=is_reverse, has_ce=has_ce
+            )
+            del teacher_CV, shift_CV
             kl_C = kl_C * temperature**2
-            ce_C = -log_plain_CV.gather(1, targets_R[rows, None]).squeeze(1)
             kl_weight_C, ce_weight_C, count_C = kl_weight_R[rows], ce_weight_R[rows], counts_R[rows]
             sums += torch.stack(
                 [
@@ -141,9 +134,10 @@ class _ChunkedDistillation(torch.autograd.Function):
                 ]
             )
             gradient_CV.mul_((kl_weight_C * temperature)[:, None])
-            if has_ce:
-                gradient_CV += log_plain_CV.exp_().mul_(ce_weight_C[:, None])
+            if plain_CV is not None:
+                gradient_CV += plain_CV.mul_(ce_weight_C[:, None])
                 gradient_CV.scatter_add_(1, targets_R[rows, None], -ce_weight_C[:, None])
+            del plain_CV
             gradient_RD[rows] = gradient_CV.to(head_VD.dtype) @ head_VD
         ctx.save_for_backward(gradient_RD)
         loss, kl, ce, agreements = sums.unbind()
@@ -157,19 +151,80 @@ class _ChunkedDistillation(torch.autograd.Function):
         return gradient_RD * gradients[0], *([None] * 10)
 
 
-def _forward(log_teacher_CV: Tensor, log_student_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher to student) of each row, and its gradient by the student's softened logits; uses up the first."""
-    teacher_CV = log_teacher_CV.exp()
-    kl_C = log_teacher_CV.sub_(log_student_CV).mul_(teacher_CV).sum(-1)
-    return kl_C, log_student_CV.exp().sub_(teacher_CV)
+def _divergence(
+    teacher_CV: Tensor, shift_CV: Tensor, targets_C: Tensor, *, temperature: float, is_reverse: bool, has_ce: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What there is to know of a chunk.
+
+    Args:
+        teacher_CV: Logits; used up.
+        shift_CV: The student's logits less these; used up.
+        targets_C: As in :func:`distillation_loss`, and so are the others.
+
+    Returns:
+        KL of softened distributions, cross-entropy and agreement of each row; the KL's gradient by the softened logits;
+        and the student's probabilities, where the cross-entropy has a gradient.
+    """
+    best_C1 = teacher_CV.argmax(-1, keepdim=True)
+    student_CV = teacher_CV + shift_CV
+    highest_C1 = student_CV.amax(-1, keepdim=True)
+    agrees_C = (student_CV.gather(1, best_C1) >= highest_C1).squeeze(1).float()
+    target_C1 = student_CV.gather(1, targets_C[:, None])
+    plain_CV = student_CV if temperature == 1 else student_CV.clone()
+    total_C1 = _total(highest_C1, _softmax_(plain_CV))
+    ce_C = (total_C1 - target_C1).squeeze(1)
+    if temperature != 1:
+        for values in (teacher_CV, shift_CV, student_CV, highest_C1):
+            values.div_(temperature)
+        total_C1 = _total(highest_C1, _softmax_(student_CV))
+    elif has_ce:
+        plain_CV = student_CV.clone()
+    above_best_C1 = total_C1 - teacher_CV.gather(1, best_C1)
+    gap_C1 = _gap(_softmax_(teacher_CV), student_CV, shift_CV, best_C1, above_best_C1)
+    kl_C, gradient_CV = (_reverse if is_reverse else _forward)(teacher_CV, student_CV, shift_CV, gap_C1)
+    return kl_C, ce_C, agrees_C, gradient_CV, plain_CV if has_ce else None
 
 
-def _reverse(log_teacher_CV: Tensor, log_student_CV: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(teacher_CV: Tensor, student_CV: Tensor, shift_CV: Tensor, gap_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher to student) of each row, and its gradient by the student's softened logits.
+
+    Args:
+        teacher_CV: Probabilities.
+        student_CV: Probabilities; becomes the gradient.
+        shift_CV: The student's logits less the teacher's; is used up.
+        gap_C1: The logarithms of their sums of exponentials, likewise.
+    """
+    kl_C = gap_C1.squeeze(1) - shift_CV.mul_(teacher_CV).sum(-1)
+    return kl_C, student_CV.sub_(teacher_CV)
+
+
+def _reverse(teacher_CV: Tensor, student_CV: Tensor, shift_CV: Tensor, gap_C1: Tensor) -> tuple[Tensor, Tensor]:
     """KL(student to teacher), likewise."""
-    student_CV = log_student_CV.exp()
-    excess_CV = log_teacher_CV.neg_().add_(log_student_CV)
-    kl_C = (student_CV * excess_CV).sum(-1)
-    return kl_C, excess_CV.sub_(kl_C[:, None]).mul_(student_CV)
+    kl_C = torch.linalg.vecdot(student_CV, shift_CV) - gap_C1.squeeze(1)
+    return kl_C, shift_CV.sub_(gap_C1 + kl_C[:, None]).mul_(student_CV)
+
+
+def _gap(teacher_CV: Tensor, student_CV: Tensor, shift_CV: Tensor, best_C1: Tensor, above_best_C1: Tensor) -> Tensor:
+    """The logarithm of the student's sum of exponentials less the teacher's.
+
+    At any token it is what the logits differ by, less what the logarithms of the probabilities do. At the teacher's
+    best these are exact to 1e-7, where the sums themselves, of logits of 20 and more, are to 2e-6. These serve where
+    the student gives that token nothing: ``above_best_C1`` is its sum's logarithm less the teacher's logit there.
+    """
+    student_C1 = student_CV.gather(1, best_C1)
+    log_teacher_C1, log_student_C1 = teacher_CV.gather(1, best_C1).log_(), student_C1.log()
+    by_sums_C1 = above_best_C1 + log_teacher_C1
+    return torch.where(student_C1 < FAINT, by_sums_C1, shift_CV.gather(1, best_C1) + log_teacher_C1 - log_student_C1)
+
+
+def _softmax_(logits_CV: Tensor) -> Tensor:
+    """In place: on a CPU, new memory takes three times as long as the softmax itself."""
+    return torch.softmax(logits_CV, dim=-1, out=logits_CV)
+
+
+def _total(highest_C1: Tensor, probabilities_CV: Tensor) -> Tensor:
+    """The logarithm of the sum of exponentials, from the highest logit and its probability."""
+    return highest_C1 - probabilities_CV.amax(-1, keepdim=True).log_()
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 import torch
 
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.loop import forward
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.window import Window, peak_memory_bytes
 from qad_dist.runtime.engine import Engine
 from qad_dist.runtime.engine.memory import Memory, measured_memory
-from qad_dist.train_section import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,7 @@ def preflight(engine: Engine, models: TeacherAndStudent, batches: Iterable[Batch
     Raises:
         torch.OutOfMemoryError: The device cannot hold one.
     """
-    window = Window(models.device, token_budget=settings.micro_batch_tokens)
-    window.clock.start()
+    window = Window(models.device, settings)
     held: Memory | None = None
     for host_batch in batches:
         rows, tokens = max(host_batch.num_rows, 1), host_batch.num_tokens

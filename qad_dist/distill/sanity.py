@@ -5,11 +5,11 @@ import logging
 import torch
 
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.loop import forward
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.window import Window
 from qad_dist.runtime.engine import Engine
-from qad_dist.train_section import TrainConfig
 from shards.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ def overfit(
         ModelError: On every rank, when it does not fall so far: something between the loss and the weights is broken,
             or the rate is wrong.
     """
-    window = Window(models.device, token_budget=settings.micro_batch_tokens)
-    window.clock.start()
+    window = Window(models.device, settings)
     losses: list[float] = []
     for step in range(settings.steps):
         rows, tokens = batch.num_rows * engine.world_size, batch.num_tokens * engine.world_size

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.clock import PARTS, StepClock
 from qad_dist.distill.loss import LossSums
 from qad_dist.runtime.collectives import all_gather_objects
 
-SUMS = ("loss", "kl", "ce", "agreement")
+LOSS = "loss"
+"""The sum that is learned from: KL and cross-entropy per response token, and the weighted distance of hidden states."""
+SUMS = (LOSS, "kl", "ce", "agreement")
 """Of :class:`~qad_dist.distill.loss.LossSums`; lines tell them per response token."""
 HIDDEN = "hidden_distance"
-"""Of hidden states behind all layers, where it is part of what is learned from; lines tell it per token."""
+"""Of hidden states behind all layers, per token; told where ``train.hidden_weight`` is not 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,27 +43,26 @@ class Line:
 class Window:
     """Counts micro-batches and steps of this rank until a line is written."""
 
-    def __init__(self, device: torch.device, *, token_budget: int) -> None:
-        """Begin.
+    def __init__(self, device: torch.device, settings: TrainConfig) -> None:
+        """Begin, the clock running.
 
         Args:
             device: Where losses are.
-            token_budget: Tokens that a micro-batch may have.
+            settings: How many tokens a micro-batch may have, and what the loss is made of.
         """
-        self._device, self._token_budget = device, token_budget
+        self._device, self._settings = device, settings
         self.clock = StepClock(device)
+        self.clock.start()
         self._open()
 
     def _open(self) -> None:
         self._sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self._device)
-        self._compares_layers = False
         self._batches: list[tuple[BadBatch, int, Tensor]] = []
         self._tokens = self._num_batches = self._steps = 0
         self._audio_seconds = 0.0
 
     def add(self, sums: LossSums, batch: Batch, *, step: int, hidden_distance: Tensor | None = None) -> None:
         """Count a micro-batch; one whose loss is not finite has a part in the speeds only."""
-        self._compares_layers |= hidden_distance is not None
         loss = sums.loss.detach()
         distance = torch.zeros_like(loss) if hidden_distance is None else hidden_distance.detach()
         is_finite = torch.isfinite(loss + distance)
@@ -94,14 +96,15 @@ class Window:
         # The slowest rank sets the pace, whichever part it waits in.
         total = max(sum(one.values()) for one in times)
         values = {name: value / num_rows for name, value in zip(SUMS, sums, strict=True)}
-        if self._compares_layers:
+        if self._settings.hidden_weight:
             values[HIDDEN] = distance / max(tokens, 1)
+            values[LOSS] += self._settings.hidden_weight * values[HIDDEN]
         values |= {
             "response_tokens": rows,
             "tokens_per_second": tokens / total,
             "audio_seconds_per_second": self._audio_seconds / total,
             "seconds_per_step": total / self._steps,
-            "unfilled": 1 - tokens / (max(batches, 1) * self._token_budget),
+            "unfilled": 1 - tokens / (max(batches, 1) * self._settings.micro_batch_tokens),
             "peak_memory_gib": max(peaks) / 2**30,
         }
         for part in PARTS:

@@ -15,6 +15,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.quant.choose import Candidate, candidates
 from qad_dist.quant.correct import correct_weight
 from qad_dist.quant.fold import FoldGroup, fold_groups
@@ -22,7 +23,6 @@ from qad_dist.quant.recipe import modelopt_config
 from qad_dist.quant.search import Choice, Group, quantize_inputs, weight_amax
 from qad_dist.quant.state import enabled_quantizers, switch_quantizers
 from qad_dist.quant.walk import Maxima, Tokens, Walk, WalkBatch
-from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.logs import prints_as_debug
 from qad_dist.runtime.world import World

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.formats import Format
 from qad_dist.quant.search import Choice, Group, scale_at, search, search_kept_share
-from qad_dist.quantize_section import QuantizeConfig
 
 USUAL_ALPHA = 1.0
 """What a search has to beat: ModelOpt's own."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qad_dist.config import RunConfig
+from qad_dist.runtime.zero import ranks_that_share
 from shards.errors import ModelError
 
 BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -68,18 +69,24 @@ def memory_per_rank(run: RunConfig, size: ModelSize, *, zero_stage: int, world_s
     """Bytes of each part of :data:`MEMORY_FORMULA` on one rank during training; stage 0 shards nothing."""
     each = BYTES_OF[run.model.dtype]
     decoder, tokens = size.decoder_weights, run.train.micro_batch_tokens
+
+    def ranks(kind: str) -> int:
+        return ranks_that_share(kind, zero_stage=zero_stage, world_size=world_size)
+
     # What autograd keeps of one layer for one token: norms, q, k, v, attention, gate, up and their product, each once
     # as it was and once fake-quantized.
     kept_per_token = 2 * size.decoder_layers * (8 * size.hidden + 5 * size.intermediate)
+    if run.train.hidden_weight:  # of each layer the teacher's state, and the gradient of the distance from it
+        kept_per_token += 2 * size.decoder_layers * size.hidden
     return {
         "shared frozen parts": size.shared_weights * each,
         "teacher's decoder": 0 if run.train.teacher == "cached" else decoder * each,
-        "student's decoder": decoder * each / (world_size if zero_stage == 3 else 1),
+        "student's decoder": decoder * each / ranks("weights"),
         "copy that decodes": decoder * each if run.train.decode_utterances else 0,
-        "gradients": decoder * 4 / (world_size if zero_stage >= 2 else 1),
-        "master, m and v": decoder * 12 / (world_size if zero_stage >= 1 else 1),
+        "gradients": decoder * 4 / ranks("gradients"),
+        "master, m and v": decoder * 12 / ranks("masters"),
         "activations": tokens * kept_per_token * each,
-        # Logits of both models, their log-softmax, and the gradient, in fp32.
+        # Both models' logits, their difference, a copy for the cross-entropy, and what a product takes, in fp32.
         "logits": run.train.loss_chunk_rows * size.vocabulary * 4 * 5,
     }
 

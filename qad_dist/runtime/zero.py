@@ -58,3 +58,20 @@ def read_deepspeed_settings(path: str) -> dict[str, Any]:
         if found != "fp32":
             raise ConfigError(f"{path}: {name} must be 'fp32', got {found!r}; see configs/deepspeed")
     return settings
+
+
+def ranks_that_share(kind: str, *, zero_stage: int, world_size: int) -> int:
+    """Among how many ranks one copy of the engine's tensors of a kind is divided. Pure.
+
+    Args:
+        kind: ``weights``, ``gradients``, ``masters`` or ``moments``.
+        zero_stage: 0 shards nothing.
+        world_size: Ranks.
+
+    Source:
+        Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
+    """
+    return world_size if zero_stage >= _SHARDED_FROM[kind] else 1
+
+
+_SHARDED_FROM = {"weights": 3, "gradients": 2, "masters": 1, "moments": 1}

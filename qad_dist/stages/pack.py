@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qad_dist.config import RunConfig
-from qad_dist.runtime.reading import open_cache
-from qad_dist.runtime.record import begin_stage, finish_stage, is_finished, stage_inputs
+from qad_dist.runtime.reading import open_cache, open_shards
+from qad_dist.runtime.record import DONE, begin_stage, finish_stage, is_finished, require_stage, stage_inputs
 from shards import stats as statistics
 from shards import verify as verification
 from shards.errors import ConfigError, ShardError, SourceError, StageError
@@ -22,14 +22,19 @@ from shards.layout import ShardSize
 from shards.merge import REJECTED, PackReport, refuse_unpacked
 from shards.merge import merge as merge_shards
 from shards.pack import Progress, pack_tasks, refuse_to_lose
+from shards.pictures import drawn_if_possible
+from shards.schema import TRAIN
 from shards.shard import ShardSettings
 from shards.sources import read_found
-from shards.storage import fingerprint
+from shards.splice import Pool, Splicing, write_splices
+from shards.storage import fingerprint, read_json
 from shards.tasks import EXCLUDE, TASKS, Layout, TaskFile, plan_pack
 
 logger = logging.getLogger(__name__)
 
 STAGE = "pack"
+SPLICES = "splice"
+"""Folder of a run: training speech made of pieces of what is packed."""
 
 PLOT = "stats.png"
 
@@ -112,11 +117,36 @@ def stats(run: RunConfig) -> None:
         raise ShardError(f"{path} must be the list of rejected recordings, got {cause}; pack again") from cause
     counted = statistics.count(read_utterances(folder))
     _show(statistics.table_lines(counted, rejected))
-    try:
+    with drawn_if_possible(folder / PLOT, logger):
         statistics.draw(counted, folder / PLOT)
         _show([f"drawn: {folder / PLOT}"])
-    except ConfigError as cause:  # the table is there, and matplotlib is an extra
-        logger.info("not drawn: %s", cause)
+
+
+def splice(run: RunConfig) -> None:
+    """Make training speech of pieces of the packed training speech, into ``<run>/splice``: inputs of another pack.
+
+    Raises:
+        QadError: Pack is not finished, there is nothing to take pieces from, or an utterance cannot be read.
+    """
+    require_stage(run, STAGE)
+    utterances = read_utterances(run.stage_folder(STAGE), splits=[TRAIN])
+    if run.splice.sources:
+        utterances = utterances.take(utterances.places_of(run.splice.sources, setting="splice.sources"))
+    if not len(utterances):
+        raise ConfigError(f"pack.holdout must leave training speech to splice, got none in {run.stage_folder(STAGE)}")
+    settings = run.splice.model_dump(mode="json")
+    folder, in_all = run.stage_folder(SPLICES), run.splice.utterances
+    write_splices(
+        Pool(utterances, Splicing(**run.splice.model_dump(exclude={"utterances", "sources"}))),
+        folder,
+        open_shards(run),
+        num_splices=in_all,
+        seed=run.seed,
+        about=fingerprint(settings, read_json(run.stage_folder(STAGE) / DONE)["fingerprint"]),
+        processes=run.pack.processes,
+        progress=lambda done: logger.info("spliced utterances=%d/%d", done, in_all),
+    )
+    _show([f"{in_all} utterances of pieces in {folder}; pack {run.stage_folder(STAGE)} and {folder} as another run"])
 
 
 def dry_run(run: RunConfig) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 import sys
 from typing import Any
@@ -199,15 +198,7 @@ def _initial_state(run: RunConfig, data: Data) -> TrainingState:
         [data.plan.fingerprint(), data.training.fingerprint(), data.heldout.fingerprint()],
         quantized["fingerprint"],
     )
-    return TrainingState(
-        step=0,
-        skipped=0,
-        best_step=-1,
-        best_kl=math.inf,
-        best_word_error_rate=None,
-        looks_without_better=0,
-        fingerprint=mark,
-    )
+    return TrainingState(fingerprint=mark)
 
 
 def _distil(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qad_dist.filters import FiltersConfig
+from qad_dist.config.filters import FiltersConfig
 from qad_dist.text.loops import new_share, repeated_words, units
 from qad_dist.text.normalize import NORMALIZER, normalize
 from qad_dist.text.scripts import foreign_letters, usual_seconds

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import SourceError, StageError
+from shards.index import INDEX, UTTERANCES
 from shards.places import Place
 from shards.sources.fields import (
     LANGUAGES,
@@ -44,9 +45,11 @@ _BUFFER_BYTES = 1 << 20
 
 
 def fits(place: Place, names: list[str] | None) -> bool:
-    """A parquet file, or a folder of them."""
+    """A parquet file, or a folder of them; not one of packed shards, whose table has no audio."""
     if names is None:
         return place.suffix == ".parquet" and place.is_file()
+    if {INDEX, UTTERANCES}.issubset(names):
+        return False
     return holds(place, names, ".parquet")
 
 

@@ -39,7 +39,7 @@ def read(place: Place, spool: Path | None) -> Iterator[Found]:
     """Read a tar, or all tars in a folder and those below it, in the order of their paths.
 
     A sample is audio, and beside it JSON with the fields of our manifests, or plain text that is the reference. The
-    split is the one that the JSON says, else the name of the tar or of its folder.
+    split is the one that the JSON says, else the name of the tar or of its folder; so is the source.
 
     Raises:
         SourceError: A record breaks a rule, or has no audio (told as ``tar: key``).
@@ -75,7 +75,7 @@ def _found(
         path=tar.url,
         name=text_of(row, ("key",), where) or sample.key,
         where=where,
-        source=source,
+        source=told if isinstance(told := row.get("source"), str) and told else source,
         offset_bytes=audio.offset,
         num_bytes=audio.num_bytes,
         told_seconds=seconds_of(row, DURATIONS, where),

@@ -8,7 +8,9 @@ from typing import get_args
 
 import pytest
 
-from qad_dist.config import SourceKind, dump_run, load_run, settings_readme
+from qad_dist.config import dump_run, load_run
+from qad_dist.config.pack import SourceKind
+from qad_dist.config.page import settings_readme
 from qad_dist.runtime.record import STAGES
 from shards.sources import KINDS
 from tests.conftest import LIMITS, ROOT
@@ -100,7 +102,7 @@ def test_environment_is_read_only_where_programs_find_themselves():
     allowed = {
         "qad_dist/runtime/world.py",
         "qad_dist/runtime/engine/launched.py",
-        "qad_dist/config.py",
+        "qad_dist/config/values.py",
         "shards/faults.py",
     }
     readers = [
@@ -118,7 +120,7 @@ def test_environment_is_read_only_where_programs_find_themselves():
 
 def test_table_of_settings_is_the_generated_one():
     assert (ROOT / "configs/README.md").read_text(encoding="utf-8") == settings_readme(), (
-        "run: python -m qad_dist.config > configs/README.md"
+        "run: python -m qad_dist.config.page > configs/README.md"
     )
 
 

@@ -30,11 +30,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from qad_dist.asr.attention import Segments
 from qad_dist.asr.load import AsrModel
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.quant.calibrate import Calibration, Source
 from qad_dist.quant.fake_quant import use_fast_fake_quant
 from qad_dist.quant.state import enabled_quantizers
 from qad_dist.quant.walk import WalkBatch
-from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.runtime.world import current_world
 from tests.benchmarks.label import DECODER
 from tests.benchmarks.read import MALLOC

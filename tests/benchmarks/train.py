@@ -1,19 +1,22 @@
-"""A program: what training brings, for three formats, several seeds and two recipes, on speakers nobody has heard.
+"""A program: what training brings, for several formats and seeds and two recipes, on speakers nobody has heard.
 
-    python -m tests.benchmarks.train --speech DIR --run FOLDER [--formats int8 w4a8 w3a8] [--seeds 3]
-        [--presets qad released] [--set train.NAME=VALUE] [--at-once 2]
+    python -m tests.benchmarks.voices VOICES --digits 200 --letters 3000
+    python -m tests.benchmarks.train --speech DIR --run FOLDER --voices VOICES [--seeds 3]
+        [--formats int8 int8_dynamic w4a8 w3a8] [--presets qad released] [--released-seeds 3]
+        [--set train.NAME=VALUE] [--at-once 2] [--ablate]
 
-AN4 and the embedded digits, and beside their training splits speech of other speakers and languages without a word of
-transcript (``fsdd``, ``samples_en``, ``samples_multilingual`` and ``longform`` below ``DIR``), are packed and labelled
-by the embedded teacher as one run, in float32. Each format is quantized once, and trained from there by each recipe
-with each seed, which decides the order of the data and the alteration of copies: every step is
-``launch/quantize.py`` or ``launch/train.py`` with one rank and nothing sharded. What is finished is not done again.
+AN4 and the embedded digits are packed, and beside their training splits speech of other speakers, voices and
+languages without a word of transcript (``fsdd``, ``samples_en``, ``samples_multilingual`` and ``longform`` below
+``DIR``, and what ``VOICES`` holds). Splices are made of AN4 and digits, and the embedded teacher labels all of it as
+one run, in float32. Each format is quantized once, and trained from there by each recipe with each seed,
+which decides the order of the data: every step is ``launch/quantize.py`` or ``launch/train.py`` with one rank and
+nothing sharded. What is finished is not done again. ``--ablate`` trains one format by parts of the recipe instead.
 
 Students answer the test utterances of AN4 and of the digits, whose speakers and voices are in no training split. KL is
 from the teacher, per token of its own greedy responses; errors are of words, or of characters where a language is
 scored so. Intervals are of 95 %, from 10,000 draws of utterances that all students share; where there are several seeds
 they are of the mean over these. Beside the PTQ students stand ModelOpt's own: SmoothQuant calibrated on text alone for
-INT8, as the released model was, and plain maximum calibration for formats of fewer bits.
+static INT8, as the released model was, and plain maximum calibration for formats of fewer bits.
 """
 
 import argparse
@@ -21,9 +24,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +45,8 @@ from qad_dist.runtime.record import DONE, STUDENT
 from qad_dist.runtime.world import current_world, program_environment
 from qad_dist.text.bootstrap import Interval, resample
 from shards.index import read_utterances
-from shards.schema import TEST
+from shards.schema import TEST, TRAIN
+from shards.workers import Reader
 from tests.benchmarks.quantize import CPU, SEED, TEXT_ONLY, Outcome, Students, TestSet, say, told
 from tests.benchmarks.read import MALLOC
 from tests.helpers.launching import ROOT
@@ -48,27 +54,59 @@ from tests.helpers.qwen import ASSETS, NANO
 
 SOURCES = ("an4", "digits")
 UNLABELLED = ("fsdd", "samples_en", "samples_multilingual", "longform")
-FORMATS = ("int8", "w4a8", "w3a8")
-PRESETS = ("qad", "released")
+PRESETS = {"qad": [], "released": ["train.keep=last"]}
+"""What is trained with, and its settings beside the preset's own. With the released model's loss every student may be
+further from the teacher than the first one was, and the best one would be that."""
+
+
+class Recipe(NamedTuple):
+    steps: int
+    learning_rate: float
+    """At its peak; the fewer the bits, the further a weight must go."""
+    calibration_sources: tuple[str, ...] = ()
+    """All where empty: few bits overfit what they are calibrated on, as ranges of 8 bits hardly do."""
+
+
+RECIPES = {
+    "int8": Recipe(200, 3e-5, SOURCES),
+    "int8_dynamic": Recipe(200, 3e-5, SOURCES),
+    "w4a8": Recipe(1200, 1.5e-4),
+    "w3a8": Recipe(1000, 2.5e-4),
+}
+"""By format."""
+EIGHT_BITS = ("int8", "int8_dynamic")
+"""Formats that stand beside the released model's, ModelOpt's static INT8."""
+ABLATED, SHORT = "w4a8", 300
+"""Format and steps of an ablation."""
+LOGITS = ["train.hidden_weight=0"]
+VARIANTS = {
+    "AN4 and digits": [*LOGITS, "train.sources=[an4, digits]"],
+    "and two altered copies of each": [*LOGITS, "train.sources=[an4, digits]", "train.augment.copies=2"],
+    "and other speech instead": [*LOGITS, "train.sources={others}"],
+    "and splices": LOGITS,
+    "and hidden states (qad)": [],
+    "released": ["train.preset=released", "train.keep=last"],
+}
+"""Each adds to the one before, but for the last, which has all the data."""
+PACKED, LABELLED = "packed", "labelled"
 TEACHER, PTQ = "teacher", "PTQ"
 KL_ONLY = ("no_text", "runaway", "loop", "rate", "script")
 """Filters that leave an utterance its KL: a teacher that babbles still has distributions to learn."""
 
 SETTINGS = {
     "model": {"path": str(NANO), "dtype": "float32"},
-    "pack": {"holdout": 0, "max_audio_seconds": 6, "max_rejected_share": 0.5},
+    "pack": {"holdout": 0, "max_audio_seconds": 8, "max_rejected_share": 0.5},
     "read": {"workers": 0},
     "label": {"splits": ["train", "heldout", "test"], "filters": {name: {"action": "kl_only"} for name in KL_ONLY}},
-    "quantize": {"research": True, "calibration_utterances": 512, "micro_batch_tokens": 4096},
+    "quantize": {"research": True, "micro_batch_tokens": 4096},
     "train": {
         "deepspeed": None,
         "micro_batch_tokens": 4096,
         "micro_batches_per_step": 1,
-        "augment": {"copies": 2},
         "warmup_steps": 20,
         "final_learning_rate_share": 0.02,
         "evaluate_every": 100,
-        "checkpoint_every": 200,
+        "checkpoint_every": 400,
         "log_every": 50,
         "decode_utterances": 0,
         "preflight": False,
@@ -81,10 +119,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--speech", type=Path, required=True, help="the folder that holds an4/")
     arguments.add_argument("--run", type=Path, required=True, help="everything is kept here")
-    arguments.add_argument("--formats", nargs="+", default=list(FORMATS))
+    arguments.add_argument("--voices", type=Path, help="what tests.benchmarks.voices made, to be learned from, too")
+    arguments.add_argument("--splices", type=int, default=30_000, help="utterances made of pieces of others")
+    arguments.add_argument("--formats", nargs="+", default=list(RECIPES))
     arguments.add_argument("--presets", nargs="+", default=list(PRESETS))
     arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--released-seeds", type=int, help="of the released recipe, if not as many")
     arguments.add_argument("--set", nargs="+", action="extend", default=[], metavar="train.NAME=VALUE")
+    arguments.add_argument("--ablate", action="store_true", help="instead: what each part of the recipe brings")
     arguments.add_argument("--at-once", type=int, default=2, help="trainings side by side")
     options = arguments.parse_args()
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
@@ -92,28 +134,44 @@ def main() -> None:
         os.execve(sys.executable, program, os.environ | MALLOC)
     torch.set_num_threads(1)
     configure_logging(current_world())
-    config = write_config(options.speech.absolute(), options.run.absolute())
-    base = ["run=" + str(options.run.absolute() / "labelled")]
+    config = write_configs(options.speech.absolute(), options.run.absolute(), options.voices, options.splices)
+    start("pack", config.with_stem(PACKED))
+    if options.splices:
+        start("pack", config.with_stem(PACKED), command="splice")
     for stage in ("pack", "label"):
-        start(stage, config, base)
+        start(stage, config)
     for name in options.formats:
         start("quantize", config, settings_of(config, name))
+    if options.ablate:
+        ablate(config, options.at_once)
+        return
+    seeds = dict.fromkeys(options.presets, options.seeds)
+    if "released" in seeds and options.released_seeds is not None:
+        seeds["released"] = options.released_seeds
     trainings = [
         [*settings_of(config, name, preset, seed), *options.set]
-        for seed in range(options.seeds)
+        for seed in range(max(seeds.values()))
         for name in options.formats
-        for preset in options.presets
+        for preset in seeds
+        if seed < seeds[preset]
     ]
     with ThreadPoolExecutor(options.at_once) as threads:
         list(threads.map(lambda settings: start("train", config, settings), trainings))
-    measure_all(config, options.formats, options.presets, options.seeds, options.set)
+    measure_all(config, options.formats, seeds, options.set)
 
 
-def write_config(speech: Path, folder: Path) -> Path:
-    """The YAML of all runs, and a manifest of all recordings: those without a word of transcript are for training."""
+def write_configs(speech: Path, folder: Path, voices: Path | None, splices: int) -> Path:
+    """The YAML of the labelled run, and beside it that of what is packed first, of a manifest for each source.
+
+    Recordings without a word of transcript are for training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for source, parent in (*((name, speech) for name in (SOURCES[0], *UNLABELLED)), (SOURCES[1], ASSETS)):
+    places = [*((name, speech) for name in (SOURCES[0], *UNLABELLED)), (SOURCES[1], ASSETS)]
+    if voices is not None:
+        places.append((voices.name, voices.absolute().parent))
+    inputs = []
+    for source, parent in places:
+        lines = []
         for line in (parent / source / "manifest.jsonl").read_text().splitlines():
             row = json.loads(line)
             is_scored = source in SOURCES
@@ -124,12 +182,21 @@ def write_config(speech: Path, folder: Path) -> Path:
                 **({"text": row["text"], "language": row["language"]} if is_scored else {}),
             }
             lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
-    manifest = folder / "manifest.jsonl"
-    if not manifest.is_file() or manifest.read_text() != "".join(lines):
+        manifest = folder / "sources" / source / "manifest.jsonl"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text("".join(lines))
-    settings = {"run": str(folder), **SETTINGS, "pack": {**SETTINGS["pack"], "inputs": [str(manifest)]}}
-    config = folder / "benchmark.yaml"
-    config.write_text(yaml.safe_dump(settings))
+        inputs.append(str(manifest))
+    pack = SETTINGS["pack"] | {"inputs": inputs}
+    write(folder / PACKED, pack, splice={"utterances": max(1, splices), "sources": list(SOURCES)})
+    packed = [str(folder / PACKED / stage) for stage in ("pack", *(["splice"] if splices else []))]
+    return write(folder / LABELLED, SETTINGS["pack"] | {"inputs": packed, "in_place": True})
+
+
+def write(folder: Path, pack: dict[str, object], **more: object) -> Path:
+    """A run's YAML, beside its folder."""
+    folder.mkdir(exist_ok=True)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({**SETTINGS, "run": str(folder), "pack": pack, **more}))
     return config
 
 
@@ -137,55 +204,115 @@ def settings_of(config: Path, name: str, preset: str | None = None, seed: int = 
     """Settings of a student; its run folder has what was done before as links."""
     folder = config.parent / (name if preset is None else f"{name}-{preset}-{seed}")
     folder.mkdir(exist_ok=True)
-    earlier = {"pack": "labelled", "label": "labelled"} | ({"quantize": name} if preset is not None else {})
+    earlier = {"pack": LABELLED, "label": LABELLED} | ({"quantize": name} if preset is not None else {})
     for stage, origin in earlier.items():
         if not (folder / stage).is_symlink():
             (folder / stage).symlink_to(config.parent / origin / stage)
-    settings = [f"run={folder}", f"quantize.format={name}"]
-    return settings if preset is None else [*settings, f"train.preset={preset}", f"train.seed={seed}"]
+    recipe = RECIPES[name]
+    sources = f"quantize.calibration_sources=[{', '.join(recipe.calibration_sources)}]"
+    settings = [f"run={folder}", f"quantize.format={name}", sources]
+    if preset is None:
+        return settings
+    settings += [f"train.seed={seed}", f"train.steps={recipe.steps}", f"train.learning_rate={recipe.learning_rate}"]
+    return [*settings, f"train.preset={preset}", *PRESETS[preset]] if preset in PRESETS else settings
 
 
-def start(stage: str, config: Path, settings: Sequence[str]) -> None:
+def start(stage: str, config: Path, settings: Sequence[str] = (), *, command: str = "run") -> None:
     """Run a stage in a process of its own, unless it has ended well."""
     run = load_run(config, list(settings))
-    if (run.stage_folder(stage) / DONE).is_file():
-        return
+    name = stage if command == "run" else command
+    if command == "run" and (run.stage_folder(stage) / DONE).is_file():
+        return  # other commands keep what they made themselves
     environment = {**program_environment(run.folder, on_cpu=True, offline=True), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, f"launch/{stage}.py", "--config", str(config), "--set", *settings]
-    with (run.folder / f"{stage}.log").open("w") as log:
-        ended = subprocess.run(program, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    program = [sys.executable, f"launch/{stage}.py", *([command] if command != "run" else []), "--config", str(config)]
+    with (run.folder / f"{name}.log").open("w") as log:
+        ended = subprocess.run(
+            [*program, *(["--set", *settings] if settings else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     if ended.returncode:
-        raise SystemExit(f"{run.folder / stage}.log: {stage} ended with {ended.returncode}")
-    print(f"done: {stage} {' '.join(settings)}", file=sys.stderr, flush=True)
+        raise SystemExit(f"{run.folder / name}.log: {name} ended with {ended.returncode}")
+    print(f"done: {name} {' '.join(settings)}", file=sys.stderr, flush=True)
 
 
-def measure_all(config: Path, formats: Sequence[str], presets: Sequence[str], seeds: int, given: Sequence[str]) -> None:
-    labelled = load_run(config, [f"run={config.parent / 'labelled'}"])
+def ablate(config: Path, at_once: int) -> None:
+    """Train one format with one seed by every variant of the recipe, and print what is left of its KL."""
+    others = [name for name in sources_of(config) if name != "splice"]
+    trainings = {}
+    start("quantize", config, settings_of(config, ABLATED))
+    for number, (name, given) in enumerate(VARIANTS.items()):
+        settings = settings_of(config, ABLATED, f"variant{number}")
+        chosen = [one.format(others=f"[{', '.join(others)}]") for one in given]
+        trainings[name] = [*settings, f"train.steps={SHORT}", *chosen]
+    with ThreadPoolExecutor(at_once) as threads:
+        list(threads.map(lambda settings: start("train", config, settings), trainings.values()))
+    with tests_of(config) as (sets, teacher, reader):
+        outcomes = {
+            TEACHER: [[one.measure(teacher)] for one in sets],
+            **measure_untrained(config, ABLATED, sets, reader),
+        }
+        for name, settings in trainings.items():
+            student = student_of(load_run(config, settings), "train")
+            outcomes[f"{ABLATED}: {name}"] = [[one.measure(student)] for one in sets]
+    for number, test_set in enumerate(sets):
+        say_table(test_set, {name: found[number] for name, found in outcomes.items()})
+
+
+def sources_of(config: Path) -> list[str]:
+    """Sources of the speech to train on."""
+    table = read_utterances(load_run(config).stage_folder("pack"), splits=[TRAIN])
+    return sorted(str(name) for name in table.codes("source")[1])
+
+
+@contextmanager
+def tests_of(config: Path) -> Generator[tuple[list[TestSet], AsrModel, Reader]]:
+    """Both test sets, behind the teacher."""
+    labelled = load_run(config)
     teacher = load_teacher(labelled.model, CPU)
     with open_reader(labelled) as reader:
         utterances = list(read_utterances(labelled.stage_folder("pack"), splits=[TEST]))
         sets = []
         for source in SOURCES:
-            chosen = [one for one in utterances if (one.speaker or "").startswith(f"{source}-")]
+            chosen = [one for one in utterances if one.source == source]
             sets.append(TestSet(f"{source}, {len(chosen)} test utterances", chosen, teacher, reader))
+        yield sets, teacher, reader
+
+
+def measure_all(config: Path, formats: Sequence[str], seeds: Mapping[str, int], given: Sequence[str]) -> None:
+    """Print what PTQ and all trained students make of the tests; ``seeds`` says how many a preset has."""
+    with tests_of(config) as (sets, teacher, reader):
         outcomes: dict[str, list[list[Outcome]]] = {TEACHER: [[one.measure(teacher)] for one in sets]}
         for name in formats:
-            run = load_run(config, settings_of(config, name))
-            students = Students(run, reader)
-            floor = f"{name}: {TEXT_ONLY if name == 'int8' else 'ModelOpt, plain maximum'}"
-            made = students.smoothquant(on_text=True) if name == "int8" else students.plain(run.quantize.format)
-            fold_weights(made.model.model)
-            outcomes[floor] = [[one.measure(made.model)] for one in sets]
-            outcomes[f"{name}: {PTQ}"] = [[one.measure(student_of(run, "quantize"))] for one in sets]
-            for preset in presets:
+            outcomes |= measure_untrained(config, name, sets, reader)
+            for preset, count in seeds.items():
                 trained = [
                     student_of(load_run(config, [*settings_of(config, name, preset, seed), *given]), "train")
-                    for seed in range(seeds)
+                    for seed in range(count)
                 ]
                 outcomes[f"{name}: PTQ, trained ({preset})"] = [[one.measure(m) for m in trained] for one in sets]
                 print(f"measured: {name} {preset}", file=sys.stderr, flush=True)
     for number, test_set in enumerate(sets):
         say_table(test_set, {name: found[number] for name, found in outcomes.items()})
+
+
+def measure_untrained(
+    config: Path, name: str, sets: Sequence[TestSet], reader: Reader
+) -> dict[str, list[list[Outcome]]]:
+    """ModelOpt's student of a format, and this project's before training: what all shares are of, in this order."""
+    run = load_run(config, settings_of(config, name))
+    students = Students(run, reader)
+    is_int8 = name in EIGHT_BITS
+    made = students.smoothquant(on_text=True) if is_int8 else students.plain(run.quantize.format)
+    fold_weights(made.model.model)
+    own = student_of(run, "quantize")
+    return {
+        f"{name}: {TEXT_ONLY if is_int8 else 'ModelOpt, plain maximum'}": [[one.measure(made.model)] for one in sets],
+        f"{name}: {PTQ}": [[one.measure(own)] for one in sets],
+    }
 
 
 def student_of(run: RunConfig, stage: str) -> AsrModel:

@@ -311,3 +311,33 @@ def test_checkpoint_of_other_settings_or_with_a_flipped_bit_is_refused_in_one_li
     assert len(told) == 1
     assert line in told[0]
     assert "event=resumed" not in ended.stderr
+
+
+def test_best_student_of_a_stopped_training_is_published_scored_and_gives_way_to_the_last(
+    forks, digits, two_rank_run, tmp_path
+):
+    run = two_rank_run.copy_to(tmp_path / "run", "pack", "label", "quantize")
+    arguments = ["--config", digits.config, "--set", f"run={run}"]
+
+    (early,) = forks.start("train", "publish", *arguments).wait()
+    start(forks, digits, run, kill="checkpoint.after_publish,step=4,rank=0")
+    (published,) = forks.start("train", "publish", *arguments).wait()
+    (scored,) = forks.start("score", *arguments).wait()
+    meanwhile = results_of(run)
+    student, calibrated = (load_file(run / stage / "student" / "model.safetensors") for stage in ("train", "quantize"))
+    best = load_file(run / "train" / "best" / "decoder.safetensors")
+    best_step = json.loads((run / "train" / "best" / "state.json").read_text())["step"]
+    finished = start(forks, digits, run)
+
+    assert early.code == 1 and "train/best must hold a student, got none yet" in early.stderr
+    assert (published.code, scored.code) == (0, 0), published.stderr + scored.stderr
+    assert "event=scored system=qad utterances=15" in scored.stderr
+    assert (meanwhile["is_final"], meanwhile["best_step"]) == (False, best_step)
+    assert best_step in (2, 4)
+    decoder = {f"thinker.model.{name}": tensor for name, tensor in best.items()}
+    assert {name for name in student if not torch.equal(student[name], calibrated[name])} <= set(decoder)
+    assert all(torch.equal(student[name], tensor) for name, tensor in decoder.items())
+    assert finished.codes == [0, 0], finished.log
+    assert "event=resumed step=4 " in finished.log
+    assert results_of(run)["is_final"] is True
+    assert_bits_are_those_of(run, two_rank_run.folder)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from qad_dist.asr.load import AsrModel, state_hash
 from qad_dist.batch import Batch
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.formats import FormatName
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.calibrate import Calibration, Source
 from qad_dist.quant.fold import fold_groups
 from qad_dist.quant.state import quantizer_hash
 from qad_dist.quant.walk import Walk
-from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.runtime.world import World
 from tests.helpers.quantized import copied, logits_of, pack_with_own_responses, source_of
 from tests.helpers.qwen import digits, load

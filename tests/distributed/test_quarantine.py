@@ -10,13 +10,13 @@ from torch import nn
 from qad_dist.asr.checkpoint import load_processor
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches
 from qad_dist.asr.prompt import Prompt
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.checkpoint import Checkpoints, TrainingState
 from qad_dist.distill.evaluate import Evaluation
 from qad_dist.distill.loop import Hooks, train
 from qad_dist.runtime.collectives import all_gather_objects
 from qad_dist.runtime.quarantine import SharedQuarantine
 from qad_dist.runtime.world import World
-from qad_dist.train_section import TrainConfig
 from shards.errors import ShardError
 from shards.index import read_utterances
 from shards.plan import Plan
@@ -99,7 +99,7 @@ def train_on_damage(rank: int, world_size: int, folder: str, max_share: float, t
                     engine,  # type: ignore[arg-type]
                     make_models(tables[0], student_VD, tables[2]),
                     batches,
-                    TrainConfig(steps=STEPS, warmup_steps=1, log_every=1),
+                    TrainConfig(steps=STEPS, warmup_steps=1, log_every=1, hidden_weight=0),
                     state=START,
                     checkpoints=Checkpoints(Path(folder) / "train", keep=2),
                     hooks=hooks,

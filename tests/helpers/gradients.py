@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches
-from qad_dist.asr.decoder import DecoderStack, embed, response_states
+from qad_dist.asr.decoder import DecoderStack, EmbeddedBatch, embed, layer_states
 from qad_dist.asr.load import AsrModel, load_model, load_teacher
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig, load_run
@@ -44,14 +45,15 @@ from tests.helpers.engines import KINDS
 from tests.helpers.launching import ROOT
 
 CPU = torch.device("cpu")
-CE_WEIGHT = 0.3
+CE_WEIGHT, HIDDEN_WEIGHT = 0.3, 2.0
 SMALL_STEPS, SMALL_RATE = 8, 5e-5
 """Of the bfloat16 case: each step is below half a unit in the last place of the weights that are looked at."""
 
 
 def main(ranks: str, config: str, run_folder: str, folder: str) -> None:
     # No workers: each would import all that this program imports.
-    changes = [f"run={run_folder}", f"train.ce_weight={CE_WEIGHT}", "read.workers=0"]
+    train_changes = [f"train.ce_weight={CE_WEIGHT}", f"train.hidden_weight={HIDDEN_WEIGHT}"]
+    changes = [f"run={run_folder}", *train_changes, "read.workers=0"]
     run, world = load_run(config, changes), current_world()
     configure_logging(world)
     join_world(world, 600)
@@ -122,20 +124,21 @@ def _plain(
     world: World,
     folder: Path,
 ) -> dict[str, Any]:
-    """The reference: no engine; all logits at once; one backward over the rows of all micro-batches."""
-    stack = DecoderStack(student.decoder.layers)
+    """The reference: no engine; all logits at once; one backward over the rows and tokens of all micro-batches."""
+    stack = DecoderStack(student.decoder.layers, keeps_all=True)
     choose_trainable(stack, train_norms=False)
-    norm, head_VD = teacher.decoder.norm, teacher.head_weight_VD
     embedded = [embed(teacher, batch) for batch in batches]
-    student_RV = torch.cat([response_states(stack, part, norm) for part in embedded]) @ head_VD.T
+    rows_N = torch.cat([_is_response(batch) for batch in batches])
+    student_LND = _all_states(stack, embedded)
     with torch.no_grad():
-        teacher_stack = DecoderStack(teacher.decoder.layers)
-        teacher_RV = torch.cat([response_states(teacher_stack, part, norm) for part in embedded]) @ head_VD.T
+        teacher_LND = _all_states(DecoderStack(teacher.decoder.layers, keeps_all=True), embedded)
+    norm, head_VD = teacher.decoder.norm, teacher.head_weight_VD
+    student_RV, teacher_RV = (norm(states[-1][rows_N]) @ head_VD.T for states in (student_LND, teacher_LND))
     kl = F.kl_div(student_RV.log_softmax(1), teacher_RV.log_softmax(1), log_target=True, reduction="sum")
     ce = F.cross_entropy(student_RV, torch.cat([batch.targets_R for batch in batches]), reduction="sum")
-    ((kl + CE_WEIGHT * ce) / len(student_RV)).backward()
-    named = stack.named_parameters()
-    gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    distance_LN = ((student_LND - teacher_LND).norm(dim=2) / teacher_LND.norm(dim=2)) ** 2
+    ((kl + CE_WEIGHT * ce) / len(student_RV) + HIDDEN_WEIGHT * distance_LN.mean()).backward()
+    gradients = {name: p.grad.clone() for name, p in stack.named_parameters() if p.grad is not None}
     stack.zero_grad(set_to_none=True)
     student.model.requires_grad_(False)
     if world.is_main:
@@ -149,10 +152,20 @@ def _plain(
     }
 
 
+def _is_response(batch: Batch) -> Tensor:
+    """``[N]``: what the response rows are, as a mask."""
+    return torch.zeros(len(batch.input_ids_N), dtype=torch.bool).index_fill_(0, batch.rows_R, True)
+
+
+def _all_states(stack: DecoderStack, embedded: list[EmbeddedBatch]) -> Tensor:
+    """``[L, N, D]``: behind every layer, of all micro-batches one after another."""
+    return torch.cat([torch.stack(layer_states(stack, part)) for part in embedded], dim=1)
+
+
 def _build(run: RunConfig, student: AsrModel, kind: str, world: World, dtype: torch.dtype) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one plugin in a process
     GradientState._reset_state()
-    stack = DecoderStack(student.decoder.layers)
+    stack = DecoderStack(student.decoder.layers, keeps_all=run.train.hidden_weight > 0)
     choose_trainable(stack, train_norms=run.train.train_norms)
     return build_engine(
         stack,
@@ -164,22 +177,16 @@ def _build(run: RunConfig, student: AsrModel, kind: str, world: World, dtype: to
     )
 
 
-def _started_window(run: RunConfig) -> Window:
-    window = Window(CPU, token_budget=run.train.micro_batch_tokens)
-    window.clock.start()
-    return window
-
-
 def _under_engine(
     run: RunConfig, name: str, data: PlannedBatches, teacher: AsrModel, student: AsrModel, world: World, folder: Path
 ) -> dict[str, Any]:
     engine = _build(run, student, name, world, torch.float32)
-    models = join_models(teacher, student, engine)
+    models = join_models(teacher, student, engine, compares_layers=True)
     frozen = _frozen_hash(teacher, student)
     built = all_gather_objects(quantizer_hash(student.model))
     before = engine.gather_weights()
     own = list(data.micro_batches(0))
-    window = _started_window(run)
+    window = Window(CPU, run.train)
     finite = accumulate_gradient(engine, models, data, run.train, step=0, window=window)
     gradients = engine.full_gradients()
     engine.step(learning_rate=1e-3, is_finite=finite)
@@ -207,12 +214,12 @@ def _many_small_steps(
     engine = _build(run, student, name, world, torch.bfloat16)
     models = join_models(teacher, student, engine)
     # Far from the teacher's doubts the gradient keeps its sign over the small steps; the KL's, near 0, would not.
-    ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0})
+    ce_only = run.train.model_copy(update={"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.0})
     trained = [n for n, parameter in engine.module.named_parameters() if parameter.requires_grad]
     start = engine.gather_weights()  # on rank 0, like all that follows of weights
     large = {n: start[n].abs() >= 2**-4 for n in trained if start}
     moved = []
-    window = _started_window(run)
+    window = Window(CPU, run.train)
     for _ in range(SMALL_STEPS):
         finite = accumulate_gradient(engine, models, data, ce_only, step=0, window=window)
         engine.step(learning_rate=SMALL_RATE, is_finite=finite)

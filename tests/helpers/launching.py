@@ -6,6 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +143,19 @@ def launch(
     """Run a program on several ranks of the CPU."""
     with Started(launch_command(program, *arguments, ranks=ranks), folder=folder) as started:
         return started.wait(limit_seconds)
+
+
+def children_that_run(word: str, *, recursive: bool = False) -> list[psutil.Process]:
+    """Children of this process that have ``word`` in their command line.
+
+    Other tests' may be among them, ended and not waited for, which have none.
+    """
+    found = []
+    for child in psutil.Process().children(recursive=recursive):
+        with suppress(psutil.NoSuchProcess):  # a zombie is one
+            if word in child.cmdline():
+                found.append(child)
+    return found
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -1,46 +1,33 @@
 """What the training loop is tested with: micro-batches by step, evaluations from a list, and all that it tells."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.checkpoint import TrainingState
 from qad_dist.distill.evaluate import Evaluation
 from qad_dist.distill.loop import Hooks
-from qad_dist.distill.window import BadBatch, Window
-from qad_dist.train_section import TrainConfig
+from qad_dist.distill.window import BadBatch
 from shards.errors import ShardError
 from tests.helpers.states import make_batch
 
 VOCABULARY, WIDTH = 29, 6
 NAN_ID = 28
 """Token of which the teacher of these tests makes no number; no batch has it unless it was put there."""
-START = TrainingState(
-    step=0,
-    skipped=0,
-    best_step=-1,
-    best_kl=math.inf,
-    best_word_error_rate=None,
-    looks_without_better=0,
-    fingerprint="f",
-)
+START = TrainingState(fingerprint="f")
 
 
 def settings(**values: object) -> TrainConfig:
-    return TrainConfig.model_validate({"steps": 4, "warmup_steps": 1, "log_every": 2, "learning_rate": 0.1, **values})
+    """Of a student that is a table: it has no layers whose states could be compared."""
+    given = {"steps": 4, "warmup_steps": 1, "log_every": 2, "learning_rate": 0.1, "hidden_weight": 0}
+    return TrainConfig.model_validate({**given, **values})
 
 
 def batch_of(count: int, *, seed: int, key: str = "u") -> Batch:
     ids, targets = torch.randint(NAN_ID, (2, count), generator=torch.Generator().manual_seed(seed)).tolist()
     return make_batch(ids, targets, key=key)
-
-
-def window_of(config: TrainConfig) -> Window:
-    window = Window(torch.device("cpu"), token_budget=config.micro_batch_tokens)
-    window.clock.start()
-    return window
 
 
 class Steps:

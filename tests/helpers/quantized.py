@@ -13,11 +13,11 @@ from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.transcribe import transcribe
 from qad_dist.batch import Batch
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.heldout import kl_between
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup, Source
 from qad_dist.quant.state import Quantization
-from qad_dist.quantize_section import QuantizeConfig
 from qad_dist.runtime.world import World, current_world
 from tests.helpers.qwen import Samples, mels_of
 

@@ -1,9 +1,13 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from qad_dist.config import ModelConfig, PackConfig, RunConfig
+from qad_dist.config import RunConfig
+from qad_dist.config.model import ModelConfig
+from qad_dist.config.pack import PackConfig
+from qad_dist.config.splice import SpliceConfig
 from qad_dist.runtime.record import is_finished, require_stage
 from qad_dist.stages import pack as stage
 from shards.errors import ConfigError, ShardError, SourceError, StageError
@@ -170,3 +174,29 @@ def test_a_damaged_plan_is_made_again(run):
     stage.run(run)
 
     assert is_finished(run, "pack") and not path.exists()
+
+
+def test_splices_of_training_speech_pack_beside_it_as_another_run(run, tmp_path, capsys):
+    stage.run(run)
+    run = run.model_copy(update={"splice": SpliceConfig(utterances=7, piece_seconds=(0.2, 0.4))})
+    stage.splice(run)
+
+    folders = [str(run.stage_folder(name)) for name in ("pack", "splice")]
+    pack = run.pack.model_copy(update={"inputs": folders, "in_place": True, "holdout": 0})
+    second = run.model_copy(update={"run": str(tmp_path / "second"), "pack": pack})
+    stage.run(second)
+
+    before, after = (list(read_utterances(one.stage_folder("pack"))) for one in (run, second))
+    assert Counter(one.split for one in after) == Counter(one.split for one in before) + Counter(train=7)
+    assert f"7 utterances of pieces in {folders[1]}" in capsys.readouterr().out
+    stage.verify(second, deep=True)
+    # Each half of the tones is of one language, and so is each splice.
+    assert {one.language for one in after if one.key.startswith("splice")} <= {"English", "Vietnamese"}
+
+
+def test_splices_need_packed_speech_of_the_sources_that_were_named(run):
+    with pytest.raises(StageError, match="must be finished before this stage"):
+        stage.splice(run)
+    stage.run(run)
+    with pytest.raises(ConfigError, match=r"splice\.sources must be sources of this speech .*, got nobody"):
+        stage.splice(run.model_copy(update={"splice": SpliceConfig(sources=("nobody",))}))

@@ -19,7 +19,8 @@ from qad_dist.asr.checkpoint import load_config
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.vllm import VllmTeacher, open_teacher
 from qad_dist.asr.vllm_server import VllmServer
-from qad_dist.config import LabelConfig, ModelConfig
+from qad_dist.config.label import LabelConfig
+from qad_dist.config.model import ModelConfig
 from shards.errors import StageError
 from shards.schema import ENDED_BY_LENGTH
 from tests.benchmarks.label_vllm import MAX_LENGTH, Clip, by_this_project, by_vllm, differences, make_clips
@@ -67,7 +68,7 @@ def test_server_says_what_it_serves(vllm: VllmTeacher):
 
 def test_server_is_reached_from_this_machine_alone(vllm: VllmTeacher):
     assert vllm.client.address.startswith("unix:")
-    processes = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    processes = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     addresses = {
         connection.laddr.ip
         for process in processes

@@ -11,9 +11,9 @@ import pytest
 
 from qad_dist.calibration_set import CalibrationSet, choose_calibration, is_silence, search_part, share_out
 from qad_dist.config import RunConfig
-from qad_dist.filters import FiltersConfig
+from qad_dist.config.filters import FiltersConfig
 from qad_dist.text.accept import judge
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
 from shards.index import read_index, read_utterances
 from shards.labelled import Answer
 from shards.labels import LabelHeader, label_path, read_label_file, second_path, write_labels
@@ -40,14 +40,14 @@ FILTERS = FiltersConfig.model_validate({name: {"action": "none"} for name in ("r
 Special = Mapping[str, Mapping[str, Any]]
 
 
-def run_of(folder: Path, utterances: int = 1024, **label: Any) -> RunConfig:
+def run_of(folder: Path, utterances: int = 1024, *, sources: Sequence[str] = (), **label: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": str(folder),
             "model": {"path": "unused"},
             "pack": {"inputs": ["unused"]},
             "label": label,
-            "quantize": {"calibration_utterances": utterances},
+            "quantize": {"calibration_utterances": utterances, "calibration_sources": sources},
         }
     )
 
@@ -95,7 +95,7 @@ def pack(folder: Path, seconds_of: Mapping[str | None, Sequence[float]]) -> Path
                 Recording(
                     path=str(write_tone(folder / "audio" / f"{name}.wav", number, seconds=seconds)),
                     key=name,
-                    source="tones",
+                    source=f"set-{language}",
                     language=language,
                     split="dev" if number == len(durations) else "train",
                 )
@@ -195,6 +195,15 @@ def test_what_a_group_gives_in_any_case_counts_as_its_share(
     total: int, at_least: list[int], expected: list[int]
 ) -> None:
     assert share_out(total, [9, 9, 9], at_least=at_least) == expected
+
+
+def test_only_named_sources_calibrate_their_silence_among_it(many: Path) -> None:
+    chosen = choose_calibration(run_of(many, sources=["set-German", "set-French"]))
+
+    assert Counter(key.split("-")[0] for key in keys_of(chosen)) == {"german": 76, "french": 2}
+    assert {key.split("-")[0] for key in keys_where(chosen, chosen.is_silent)} == {"french"}
+    with pytest.raises(ConfigError, match=r"quantize\.calibration_sources must be sources .*set-English.*, got phone"):
+        choose_calibration(run_of(many, sources=["phone"]))
 
 
 def test_all_training_utterances_calibrate_when_enough_are_wanted(folder: Path) -> None:

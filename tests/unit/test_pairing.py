@@ -16,14 +16,14 @@ from qad_dist.asr.decoder import DecoderStack, embed, response_states
 from qad_dist.asr.labeller import TorchLabeller
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
-from qad_dist.config import LabelConfig
+from qad_dist.config.label import LabelConfig
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import forward
 from qad_dist.distill.models import States, TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable
 from qad_dist.distill.window import Window
 from qad_dist.pairing import check_same_vocabulary, join_models, share_frozen_parts
-from qad_dist.train_section import TrainConfig
 from shards.audio import encode_flac
 from shards.errors import ModelError
 from shards.index import read_index, read_utterances
@@ -39,7 +39,7 @@ from tests.helpers.reading import write_shards
 
 CPU = torch.device("cpu")
 NUM_CLIPS = 5
-LOSS = TrainConfig(ce_weight=0.3)
+LOSS = TrainConfig(ce_weight=0.3, hidden_weight=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,7 @@ def pair(nano: AsrModel) -> Pair:
 
 def learn(pair: Pair, *batches: Batch, is_cached: bool = False, settings: TrainConfig = LOSS) -> tuple[float, Tensor]:
     """Loss and gradient, summed over rows, of these micro-batches."""
-    window, total = Window(CPU, token_budget=settings.micro_batch_tokens), 0.0
-    window.clock.start()
+    window, total = Window(CPU, settings), 0.0
     pair.stack.zero_grad()
     models = pair.join(is_cached=is_cached, compares_layers=settings.hidden_weight > 0)
     for batch in batches:
@@ -193,7 +192,7 @@ def test_distance_of_hidden_states_is_added_to_the_loss_over_all_layers_and_read
 
     both, _ = learn(pair, batch, settings=TrainConfig(hidden_weight=0.5))
 
-    alone, _ = learn(pair, batch, settings=TrainConfig())
+    alone, _ = learn(pair, batch, settings=TrainConfig(hidden_weight=0))
     models = pair.join(compares_layers=True)
     with torch.no_grad():
         embedded = models.embed(batch)
@@ -260,8 +259,7 @@ def test_states_at_the_prompt_and_behind_the_end_are_nothing_to_the_loss(pair: P
     for size in (0.0, 100.0):
         disturbed = Disturbed(pair.stack, batch.rows_R, size=size)
         models = join_models(pair.teacher, pair.student, disturbed)
-        window = Window(CPU, token_budget=LOSS.micro_batch_tokens)
-        window.clock.start()
+        window = Window(CPU, LOSS)
         loss = forward(models, batch, LOSS, step=0, rows=1, tokens=1, window=window)
         loss.backward()
         losses.append(float(loss.detach()))
@@ -345,7 +343,7 @@ def test_teacher_of_another_size_teaches_by_its_own_audio_tower_and_head(
     """Against both models by themselves, all logits at once, and autograd in float64."""
     pair = pair_of(larger)
     check_same_vocabulary(pair.teacher, pair.student)
-    settings = TrainConfig.model_validate({"divergence": divergence, "temperature": temperature})
+    settings = TrainConfig.model_validate({"divergence": divergence, "temperature": temperature, "hidden_weight": 0})
     batch = digits.online.batch(range(NUM_CLIPS))
 
     loss, gradient = learn(pair, batch, settings=settings)

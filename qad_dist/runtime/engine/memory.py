@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qad_dist.runtime.engine.base import HELD, Engine
+from qad_dist.runtime.zero import ranks_that_share
 
 _FLOAT32_BYTES = 4
 
@@ -59,7 +60,8 @@ def memory_formula(*, num_trained: int, num_frozen: int, sharding: str, world_si
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1, with sums of gradients in float32.
     """
     num_weights = num_trained + num_frozen
-    ranks = {kind: world_size if sharding in _SHARED_BY[kind] else 1 for kind in HELD}
+    stage = 0 if sharding == "DDP" else int(sharding.removeprefix("ZeRO-"))
+    ranks = {kind: ranks_that_share(kind, zero_stage=stage, world_size=world_size) for kind in HELD}
     is_own_master = dtype == torch.float32 and sharding == "DDP"
     return Memory(
         weights=num_weights * dtype.itemsize // ranks["weights"],
@@ -67,14 +69,6 @@ def memory_formula(*, num_trained: int, num_frozen: int, sharding: str, world_si
         masters=0 if is_own_master else num_trained * _FLOAT32_BYTES // ranks["masters"],
         moments=2 * num_trained * _FLOAT32_BYTES // ranks["moments"],
     )
-
-
-_SHARED_BY = {
-    "weights": ("ZeRO-3",),
-    "gradients": ("ZeRO-2", "ZeRO-3"),
-    "masters": ("ZeRO-1", "ZeRO-2", "ZeRO-3"),
-    "moments": ("ZeRO-1", "ZeRO-2", "ZeRO-3"),
-}
 
 
 def measured_memory(engine: Engine) -> Memory:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qad_dist.asr.augment import IDENTITY, Variant, augment, augmented_samples, choose_speeds, choose_variant
-from qad_dist.augment_section import AugmentConfig
+from qad_dist.config.augment import AugmentConfig
 from shards.audio import Samples
 from tests.helpers.tones import make_tone
 
@@ -228,7 +228,7 @@ def test_every_process_makes_the_same_copies() -> None:
     program = (
         "import hashlib\n"
         "from qad_dist.asr.augment import augment, choose_variant\n"
-        "from qad_dist.augment_section import AugmentConfig\n"
+        "from qad_dist.config.augment import AugmentConfig\n"
         "from tests.helpers.tones import make_tone\n"
         "digest = hashlib.sha256()\n"
         "for i in range(6):\n"

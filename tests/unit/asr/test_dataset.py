@@ -13,8 +13,8 @@ from qad_dist.asr.collate import Example, collate
 from qad_dist.asr.dataset import LabelledSet, PlannedBatches, languages_of, mels_ahead
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.mel import log_mels
-from qad_dist.augment_section import AugmentConfig
 from qad_dist.batch import Batch
+from qad_dist.config.augment import AugmentConfig
 from qad_dist.runtime.world import World
 from shards.audio import encode_flac
 from shards.errors import ShardError

@@ -11,7 +11,7 @@ from qad_dist.asr.labeller import ShardLabels, TorchLabeller
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.mel import log_mels
 from qad_dist.asr.transcribe import transcribe
-from qad_dist.config import LabelConfig
+from qad_dist.config.label import LabelConfig
 from shards.index import read_utterances
 from shards.read import Shards
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH, UNREADABLE, Utterance

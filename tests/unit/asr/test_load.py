@@ -19,7 +19,7 @@ from qad_dist.asr.load import (
     load_teacher,
     resolve_model_folder,
 )
-from qad_dist.config import ModelConfig
+from qad_dist.config.model import ModelConfig
 from shards.errors import ModelError
 from tests.helpers.qwen import load, write_random_model
 

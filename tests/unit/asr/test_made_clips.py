@@ -13,7 +13,7 @@ from qad_dist.asr.load import AsrModel
 from qad_dist.asr.made_clips import MadeClips, make_clips, plan_joins, silent_clip
 from qad_dist.asr.mel import log_mel
 from qad_dist.asr.transcribe import response_limit, transcribe
-from qad_dist.config import LabelConfig
+from qad_dist.config.label import LabelConfig
 from shards.audio import encode_flac
 from shards.errors import ShardError
 from shards.index import read_utterances

@@ -16,7 +16,8 @@ from qad_dist.asr.mel import num_frames
 from qad_dist.asr.prompt import Prompt
 from qad_dist.asr.vllm import AudioRequest, VllmTeacher, check_served, open_teacher, transcribe_with_vllm
 from qad_dist.asr.vllm_client import Served, VllmClient
-from qad_dist.config import LabelConfig, ModelConfig
+from qad_dist.config.label import LabelConfig
+from qad_dist.config.model import ModelConfig
 from shards.errors import ConfigError, ModelError, StageError
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH
 from tests.helpers.vllm import Answer, Scripted, as_answer, expanded, scripted_server, sent_samples

@@ -21,6 +21,7 @@ from qad_dist.asr.checkpoint import load_config
 from qad_dist.asr.vllm_client import VllmClient
 from qad_dist.asr.vllm_server import VllmServer, cache_bytes, gpu_name
 from shards.errors import ConfigError, StageError
+from tests.helpers.launching import children_that_run
 
 SERVE = """
 import json, os, socketserver, sys
@@ -95,7 +96,7 @@ def test_server_is_reached_and_ends_with_its_block(serving: Path, nano_folder: P
     with server_of(serving, nano_folder) as server:
         address = server.client.address
         assert VllmClient(address).is_healthy()
-        (guard,) = (child for child in psutil.Process().children() if vllm_guard.__file__ in child.cmdline())
+        (guard,) = children_that_run(vllm_guard.__file__)
         processes = [guard, *guard.children(recursive=True)]
 
     assert len(processes) == 2
@@ -173,8 +174,7 @@ def test_server_that_does_not_get_ready_is_an_error(tmp_path: Path, nano_folder:
     with pytest.raises(StageError, match=r"label\.vllm_python must start a server within 1 s.*vllm\.log"):
         server_of(program, nano_folder).__enter__()
 
-    pid_words = [process.cmdline() for process in psutil.Process().children(recursive=True)]
-    assert not any(str(program) in words for words in pid_words)
+    assert not children_that_run(str(program), recursive=True)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_last_words_are_the_last_errors(lines: list[str], told: str, tmp_path: P
 
 def test_loss_of_the_server_is_told_by_its_client(serving: Path, nano_folder: Path):
     with server_of(serving, nano_folder) as server:
-        (guard,) = (child for child in psutil.Process().children() if vllm_guard.__file__ in child.cmdline())
+        (guard,) = children_that_run(vllm_guard.__file__)
         guard.children()[0].kill()
         until(lambda: not running(guard.pid))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.checkpoint import Checkpoints, TrainingState
 from qad_dist.distill.loop import train
 from qad_dist.distill.models import TeacherAndStudent
-from qad_dist.train_section import TrainConfig
 from tests.helpers.loops import NAN_ID, VOCABULARY, WIDTH, Recorder, Steps, batch_of
 from tests.helpers.states import PlainEngine, make_models
 

@@ -69,6 +69,15 @@ def test_best_student_is_the_one_with_fewer_wrong_words_among_those_that_are_as_
     assert (state.best_step, state.best_kl, state.best_word_error_rate) == (6, 0.502, 0.1)
 
 
+def test_last_student_is_kept_if_asked_for_whatever_was_better(run_loop) -> None:
+    recorder = Recorder(1.0, 0.5, 0.9, 0.7)
+
+    state, _ = run_loop(recorder, START, settings(steps=6, evaluate_every=2, keep="last"))
+
+    assert recorder.best == [0, 2, 4, 6]
+    assert (state.best_step, state.best_kl) == (6, 0.7)
+
+
 def test_training_ends_when_it_has_not_improved_for_some_looks(run_loop, tmp_path: Path) -> None:
     recorder = Recorder(1.0, 0.9, 0.95, 0.8, 0.85, 0.8, 0.7)
 

@@ -14,8 +14,9 @@ from qad_dist.distill.checkpoint import Checkpoints
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import learning_rate_at
+from qad_dist.distill.window import Window
 from shards.errors import ShardError
-from tests.helpers.loops import START, PlannedSteps, Recorder, Steps, batch_of, settings, window_of
+from tests.helpers.loops import START, PlannedSteps, Recorder, Steps, batch_of, settings
 from tests.helpers.states import PlainEngine, pack
 
 
@@ -28,7 +29,7 @@ def gradient_of(models: TeacherAndStudent, student: nn.Parameter, batches: list[
         Steps(batches),
         config,
         step=0,
-        window=window_of(config),
+        window=Window(torch.device("cpu"), config),
     )
     assert student.grad is not None
     assert is_finite
@@ -233,7 +234,7 @@ def test_gradient_of_readable_rows_does_not_depend_on_what_became_of_the_others(
         PlannedSteps([batch, other.without_weight()]),
         config,
         step=0,
-        window=window_of(config),
+        window=Window(torch.device("cpu"), config),
     )
 
     found = student.grad.clone()

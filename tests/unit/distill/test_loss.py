@@ -102,6 +102,38 @@ def test_value_and_gradient_are_those_of_the_definition(weights: tuple[float, fl
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("size", [30.0, 3000.0])
+def test_student_that_gives_the_teachers_tokens_nothing_has_a_finite_loss(size: float, temperature: float) -> None:
+    inputs = make_inputs()
+    inputs = inputs._replace(student_RD=-size * inputs.teacher_RD, kl_weight_R=torch.ones(NUM_ROWS))
+
+    sums, gradient_RD = run(inputs, temperature=temperature)
+
+    expected, expected_gradient_RD = reference(inputs, temperature=temperature)
+    for name, value in expected.items():
+        assert float(getattr(sums, name).detach()) == pytest.approx(value, rel=1e-5), name
+    torch.testing.assert_close(gradient_RD.double(), expected_gradient_RD, rtol=1e-4, atol=1e-4)
+
+
+def test_near_students_have_the_kl_of_float64() -> None:
+    """Where logits are large and differ by little, sums of exponentials do not tell them apart in float32."""
+    rows = 200
+    inputs = make_inputs(rows=rows)
+    inputs = inputs._replace(
+        teacher_RD=5 * inputs.teacher_RD,
+        student_RD=5 * inputs.teacher_RD + 1e-3 * inputs.student_RD,
+        kl_weight_R=torch.ones(rows),
+        ce_weight_R=torch.zeros(rows),
+    )
+
+    sums, _ = run(inputs)
+
+    expected, _ = reference(inputs, temperature=1.0)
+    assert expected["kl"] < 1e-6 * rows
+    assert float(sums.kl) == pytest.approx(expected["kl"], abs=1e-7 * rows)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("chunk_rows", [1, 7, NUM_ROWS, 1000])
 def test_chunks_do_not_change_the_result(chunk_rows: int, temperature: float) -> None:
     inputs = make_inputs()
@@ -349,7 +381,7 @@ def test_of_bfloat16_states_only_the_gradient_is_rounded(scale: float) -> None:
 
 
 def test_gradient_of_bfloat16_states_is_scaled_by_the_exact_factor() -> None:
-    inputs = make_inputs(vocabulary=500)
+    inputs = make_inputs(rows=400, vocabulary=500)
     student_RD = inputs.student_RD.bfloat16().requires_grad_()
     arguments = {"kl_weight_R": inputs.kl_weight_R, "ce_weight_R": inputs.ce_weight_R, "temperature": 1.0}
     heads = inputs.teacher_RD.bfloat16(), inputs.head_VD.bfloat16(), inputs.targets_R

@@ -9,19 +9,12 @@ import torch
 
 from qad_dist.distill.loop import accumulate_gradient, make_step
 from qad_dist.distill.preflight import preflight
-from qad_dist.distill.window import BadBatch
+from qad_dist.distill.window import BadBatch, Window
 from shards.errors import NonFiniteError
-from tests.helpers.loops import (
-    NAN_ID,
-    START,
-    Recorder,
-    Steps,
-    batch_of,
-    settings,
-    window_of,
-)
+from tests.helpers.loops import NAN_ID, START, Recorder, Steps, batch_of, settings
 from tests.helpers.states import PlainEngine, make_batch
 
+CPU = torch.device("cpu")
 BAD = make_batch([3, NAN_ID], [1, 1], key="bad")
 
 
@@ -41,7 +34,8 @@ def test_step_whose_loss_is_no_number_changes_nothing_and_is_told_with_its_utter
     without = PlainEngine(table=student)
     for step in (0, 2, 3):
         rate = engine.learning_rates[step]
-        make_step(without, models, data, config, step=step, learning_rate=rate, window=window_of(config))  # type: ignore[arg-type]
+        window = Window(CPU, config)
+        make_step(without, models, data, config, step=step, learning_rate=rate, window=window)  # type: ignore[arg-type]
     assert (state.step, state.skipped, state.updates) == (4, 1, 3)
     assert torch.equal(found, student.detach())
     assert recorder.bad == [(2, [BadBatch(step=1, keys=("bad",))])]
@@ -59,7 +53,8 @@ def test_one_loss_that_is_no_number_is_enough_wherever_it_is_in_the_step(student
     batches.insert(place, BAD)
     config, engine = settings(), PlainEngine(table=student)
 
-    is_finite = accumulate_gradient(engine, models, Steps(batches), config, step=0, window=window_of(config))  # type: ignore[arg-type]
+    window = Window(CPU, config)
+    is_finite = accumulate_gradient(engine, models, Steps(batches), config, step=0, window=window)  # type: ignore[arg-type]
 
     assert is_finite.dtype == torch.bool
     assert not is_finite

@@ -19,10 +19,13 @@ from qad_dist.asr.audio_tower import window_lengths
 from qad_dist.asr.decoder import DecoderStack, compile_layers
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.flops import ModelShape, Work, step_flops
+from qad_dist.distill.loop import forward
 from qad_dist.distill.loss import distillation_loss
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.distill.optim import choose_trainable
+from qad_dist.distill.window import Window
 from qad_dist.pairing import join_models, share_frozen_parts
 from qad_dist.quant.fake_quant import use_fast_fake_quant
 from tests.helpers.quantized import copied, pack_with_own_responses, quantize
@@ -111,22 +114,45 @@ def test_audio_tower_runs_once_for_both_models(pair: Pair, batches: list[Batch])
     assert len(calls) == 1
 
 
-def test_step_never_asks_the_device_for_a_value(
-    pair: Pair, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The meta device has none: a value, a shape that depends on one, and a copy to the host are errors there."""
-    meta = torch.device("meta")
+@pytest.fixture
+def meta(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where both models are then: a value, a shape that depends on one, and a copy to the host are errors there."""
+    device = torch.device("meta")
     # The rotary embedding switches autocast off, which the meta device does not have.
     monkeypatch.setattr(torch, "autocast", _without_autocast)
     for model in (pair.teacher, pair.student):
-        model.model.to(meta)
+        model.model.to(device)
+    return device
+
+
+def test_step_never_asks_the_device_for_a_value(pair: Pair, batches: list[Batch], meta: torch.device) -> None:
     models = join_models(pair.teacher, pair.student, DecoderStack(pair.student.decoder.layers))
     on_meta = replace(pair, models=models)
 
     loss = on_meta.run(batches[0].to(meta))
 
     assert loss.device == meta
-    weights = [weight for weight in pair.student.decoder.layers.parameters() if weight.requires_grad]
+    assert_weights_have_gradients(pair.student, meta)
+
+
+def test_forward_of_the_loop_never_asks_the_device_for_a_value_either(
+    pair: Pair, batches: list[Batch], meta: torch.device
+) -> None:
+    """From a batch on the host, with the default settings, which compare the hidden states of all layers."""
+    settings = TrainConfig()
+    stack = DecoderStack(pair.student.decoder.layers, keeps_all=True)
+    models = join_models(pair.teacher, pair.student, stack, compares_layers=True)
+    window = Window(meta, settings)
+
+    loss = forward(models, batches[0], settings, step=0, rows=60, tokens=400, window=window)
+    loss.backward()
+
+    assert settings.hidden_weight > 0
+    assert_weights_have_gradients(pair.student, meta)
+
+
+def assert_weights_have_gradients(student: AsrModel, meta: torch.device) -> None:
+    weights = [weight for weight in student.decoder.layers.parameters() if weight.requires_grad]
     assert len(weights) == 21
     assert all(weight.grad is not None and weight.grad.device == meta for weight in weights)
 

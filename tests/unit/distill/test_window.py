@@ -9,10 +9,11 @@ import torch
 from qad_dist.distill.clock import PARTS
 from qad_dist.distill.loss import LossSums
 from qad_dist.distill.window import BadBatch, Window, peak_memory_bytes
+from tests.helpers.loops import settings
 from tests.helpers.states import make_batch
 
 CPU = torch.device("cpu")
-BUDGET = 20
+BUDGET = 256
 
 
 def sums_of(loss: float, kl: float, ce: float, agreements: float) -> LossSums:
@@ -21,9 +22,7 @@ def sums_of(loss: float, kl: float, ce: float, agreements: float) -> LossSums:
 
 @pytest.fixture
 def window() -> Window:
-    window = Window(CPU, token_budget=BUDGET)
-    window.clock.start()
-    return window
+    return Window(CPU, settings(micro_batch_tokens=BUDGET))
 
 
 def end_step(window: Window, *, audio_seconds: float = 10.0) -> None:
@@ -46,6 +45,21 @@ def test_line_has_means_over_the_tokens_of_all_micro_batches(window: Window) -> 
     assert values["tokens_per_second"] * seconds == pytest.approx(8)
     assert values["audio_seconds_per_second"] * seconds == pytest.approx(20)
     assert sum(values[f"seconds_{part}"] for part in PARTS) == pytest.approx(values["seconds_per_step"])
+
+
+def test_loss_is_the_sum_that_is_learned_from() -> None:
+    """KL and cross-entropy are means over response tokens, the distance of hidden states over all tokens."""
+    window = Window(CPU, settings(micro_batch_tokens=BUDGET, hidden_weight=0.5))
+    prompt_and_response = replace(make_batch([1] * 8, [0] * 8), weighted_rows=2)
+    window.add(sums_of(6.0, 3.0, 9.0, 2.0), prompt_and_response, step=0, hidden_distance=torch.tensor(4.0))
+    window.add(sums_of(2.0, 5.0, 1.0, 4.0), prompt_and_response, step=0, hidden_distance=torch.tensor(12.0))
+    end_step(window)
+
+    values = window.close().values
+
+    assert values["hidden_distance"] == (4 + 12) / 16
+    assert values["loss"] == (6 + 2) / 4 + 0.5 * (4 + 12) / 16
+    assert values["kl"] == (3 + 5) / 4
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.formats import FORMATS
 from qad_dist.quant.choose import candidates, percentile_share
 from qad_dist.quant.search import Group, exact_outputs, output_error, scale_at
 from qad_dist.quant.walk import Tokens
-from qad_dist.quantize_section import QuantizeConfig
 from tests.helpers.quantized import calibrate, copied
 
 CHANNELS, TOKENS = 32, 400

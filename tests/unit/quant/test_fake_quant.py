@@ -1,40 +1,28 @@
-"""Fake quantization that keeps ModelOpt's bits, asks the device for nothing, compiles whole, and is never saved."""
+"""Fake quantization that keeps ModelOpt's bits, asks the device for nothing, and compiles whole."""
 
-import importlib.util
-import logging
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
-from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import register_quant_backend, unregister_quant_backend
 from modelopt.torch.quantization.tensor_quant import _tensor_quant, fake_tensor_quant
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from qad_dist.asr.decoder import EmbeddedBatch, embed
 from qad_dist.asr.load import AsrModel
-from qad_dist.asr.save import save_checkpoint
 from qad_dist.batch import Batch
-from qad_dist.quant import fake_quant as module
 from qad_dist.quant.fake_quant import (
     BACKEND,
     FakeQuantPaths,
     fake_quant,
     use_fast_fake_quant,
     use_modelopt_fake_quant,
-    without_backend,
 )
-from qad_dist.quant.state import enable_checkpointing, enabled_quantizers
+from qad_dist.quant.state import enabled_quantizers
 from tests.helpers.operators import WAITING, count_operators
 from tests.helpers.quantized import NUM_LAYERS, NUM_QUANTIZERS, logits_of
+from tests.helpers.quantizers import calibrated, new_quantizer, random_values
 
 # Shape of amax for values of [4, 64, 96]: one scale, one for each row of weights, token or block of 32.
 LAYOUTS = {"tensor": (), "scalar": (1, 1, 1), "channel": (4, 1, 1), "token": (4, 64, 1), "last": (1, 1, 96)}
@@ -54,14 +42,6 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def random_values(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
-    """Many scales, and among them both zeros and values far beyond the rest."""
-    random = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=random) * torch.randn(shape, generator=random).exp()
-    values.view(-1)[:4] = torch.tensor([0.0, -0.0, 300.0, -300.0])
-    return values.to(dtype)
-
-
 def random_amax(layout: str, dtype: torch.dtype) -> Tensor:
     random = torch.Generator().manual_seed(1)
     return torch.empty(LAYOUTS[layout]).uniform_(0.5, 4.0, generator=random).to(dtype)
@@ -70,23 +50,6 @@ def random_amax(layout: str, dtype: torch.dtype) -> Tensor:
 def bits(tensor: Tensor) -> Tensor:
     """To compare: tells 0.0 from -0.0, and a NaN is equal to itself."""
     return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
-def new_quantizer(config: dict[str, Any]) -> TensorQuantizer:
-    return TensorQuantizer(QuantizerAttributeConfig(**config))
-
-
-def calibrated(config: dict[str, Any], values: Tensor) -> TensorQuantizer:
-    """As ModelOpt's ``max`` calibration leaves it, on values of which some will lie outside the range."""
-    quantizer = new_quantizer(config)
-    if config.get("type") != "dynamic":
-        quantizer.disable_quant()
-        quantizer.enable_calib()
-        quantizer(values.clamp(-1.5, 1.5))
-        quantizer.load_calib_amax()
-        quantizer.disable_calib()
-        quantizer.enable_quant()
-    return quantizer
 
 
 def run(layer: Any, embedded: EmbeddedBatch, *, hidden_1ND: Tensor | None = None) -> Tensor:
@@ -339,202 +302,3 @@ def test_fused_by_inductor_it_keeps_every_bit() -> None:
 
     for found, (values, amax) in zip(fused(cases), cases, strict=True):
         assert torch.equal(found, _tensor_quant(values, amax, 8, False, False))
-
-
-def test_log_says_in_one_line_that_all_quantizers_run_the_fast_path(
-    new_student: AsrModel, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "qad_dist"):
-        use_fast_fake_quant(new_student.model)
-
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("INFO", "event=fake_quant path=qad quantizers=42 modelopt=0")
-    ]
-
-
-def test_formats_that_stay_with_modelopt_are_counted_and_warned_of(
-    new_student: AsrModel, caplog: pytest.LogCaptureFixture
-) -> None:
-    mlp = new_student.decoder.layers[1].mlp
-    mlp.gate_proj.input_quantizer.num_bits = (4, 3)
-    mlp.up_proj.input_quantizer.num_bits = (4, 3)
-    mlp.down_proj.input_quantizer.unsigned = True
-
-    with caplog.at_level(logging.INFO, "qad_dist"):
-        found = use_fast_fake_quant(new_student.model)
-
-    assert found == FakeQuantPaths(num_qad=NUM_QUANTIZERS - 3, num_modelopt=3)
-    assert mlp.up_proj.input_quantizer.backend is None
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
-    info, warning = (record.message for record in caplog.records)
-    assert info == "event=fake_quant path=qad+modelopt quantizers=42 modelopt=3"
-    extension = "yes" if torch.cuda.is_available() else "no"
-    assert warning == (
-        "event=fake_quant_by_modelopt quantizers=3 first=thinker.model.layers.1.mlp.gate_proj.input_quantizer "
-        f'why="num_bits (4, 3): 2, unsigned: 1" cuda_extension={extension}'
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        ({"num_bits": 8, "fake_quant": False}, "packed weights: 1"),
-        ({"num_bits": 8, "bias": {-1: None, "type": "dynamic"}}, "bias: 1"),
-        ({"num_bits": 8, "backend": "someone_elses"}, "backend someone_elses: 1"),
-        ({"num_bits": 8, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}, "dynamic blocks: 1"),
-    ],
-)
-def test_what_our_formula_does_not_know_stays_with_modelopt(
-    config: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    quantizer = new_quantizer(config)
-    before = quantizer.backend
-
-    assert use_fast_fake_quant(quantizer) == FakeQuantPaths(num_qad=0, num_modelopt=1)
-
-    assert quantizer.backend == before
-    assert f'why="{why}"' in caplog.text
-    assert use_modelopt_fake_quant(quantizer) == 0
-    assert quantizer.backend == before
-
-
-def test_blocks_of_weights_are_fast_as_modelopt_leaves_them_unless_their_scales_are_learned() -> None:
-    blocks = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 32}}}
-    model = nn.Sequential(nn.Linear(96, 64))
-    mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}, blocks], "algorithm": "max"})
-    inputs = random_values((5, 96), torch.float32)
-    expected = model(inputs)
-
-    assert use_fast_fake_quant(model) == FakeQuantPaths(num_qad=1, num_modelopt=0)
-    assert torch.equal(model(inputs), expected)
-
-    use_modelopt_fake_quant(model)
-    model[0].weight_quantizer.enable_lsq(quantize_scales=False)
-    assert use_fast_fake_quant(model) == FakeQuantPaths(num_qad=0, num_modelopt=1)
-
-
-def test_subclass_that_computes_otherwise_stays_with_modelopt(caplog: pytest.LogCaptureFixture) -> None:
-    class Doubling(TensorQuantizer):
-        def _fake_quantize(self, inputs: Tensor) -> Tensor:
-            return 2 * inputs
-
-    assert use_fast_fake_quant(Doubling()) == FakeQuantPaths(num_qad=0, num_modelopt=1)
-    assert 'why="Doubling: 1"' in caplog.text
-
-
-def test_integer_member_of_a_chain_of_quantizers_is_fast_and_the_other_stays(caplog: pytest.LogCaptureFixture) -> None:
-    weight = random_values((16, 96), torch.float32)
-    blocks = calibrated({"num_bits": 4, "block_sizes": {-1: 32}}, weight)
-    chain = SequentialQuantizer(blocks, calibrated({"num_bits": (4, 3)}, weight))
-    expected = chain(weight)
-
-    assert use_fast_fake_quant(chain) == FakeQuantPaths(num_qad=1, num_modelopt=1)
-
-    assert (chain[0].backend, chain[1].backend) == (BACKEND, None)
-    assert torch.equal(chain(weight), expected)
-    assert 'first=1 why="num_bits (4, 3): 1"' in caplog.text
-
-
-def test_disabled_quantizers_are_left_alone(new_student: AsrModel) -> None:
-    use_fast_fake_quant(new_student.model)
-
-    assert new_student.model.thinker.lm_head.input_quantizer.backend is None
-
-
-def test_backend_is_registered_once_also_when_the_module_is_imported_again() -> None:
-    spec = importlib.util.spec_from_file_location("imported_again", str(module.__file__))
-    assert spec is not None
-    assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = again
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-
-        spec.loader.exec_module(again)
-        for use in (use_fast_fake_quant, again.use_fast_fake_quant, use_fast_fake_quant):
-            use(new_quantizer({"num_bits": 8}))
-    del sys.modules[spec.name]
-
-
-def test_taking_it_back_restores_modelopts_own_path_and_no_one_elses(
-    student: AsrModel, new_student: AsrModel, unseen: Batch
-) -> None:
-    register_quant_backend("someone_elses", lambda inputs, _: inputs)
-    try:
-        other = new_student.decoder.layers[0].mlp.up_proj.input_quantizer
-        other.backend = "someone_elses"
-        use_fast_fake_quant(new_student.model)
-        # Once fast, it stays so while it is disabled.
-        new_student.decoder.layers[1].mlp.up_proj.input_quantizer.disable()
-
-        assert use_modelopt_fake_quant(new_student.model) == NUM_QUANTIZERS - 1
-
-        new_student.decoder.layers[1].mlp.up_proj.input_quantizer.enable()
-        assert [quantizer.backend for _, quantizer in enabled_quantizers(new_student.model) if quantizer.backend] == [
-            "someone_elses"
-        ]
-    finally:
-        unregister_quant_backend("someone_elses")
-    other.backend = None
-    with count_operators() as operators:
-        assert torch.equal(logits_of(new_student, unseen), logits_of(student, unseen))
-    assert operators["_local_scalar_dense"] >= 3 * NUM_QUANTIZERS
-
-
-def test_backend_is_gone_inside_and_back_after_the_block_also_after_an_error(new_student: AsrModel) -> None:
-    use_fast_fake_quant(new_student.model)
-    inside = set()
-
-    def save() -> None:
-        with without_backend(new_student.model):
-            inside.update(quantizer.backend for _, quantizer in enabled_quantizers(new_student.model))
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        save()
-
-    assert inside == {None}
-    assert [quantizer.backend for _, quantizer in enabled_quantizers(new_student.model)] == [BACKEND] * NUM_QUANTIZERS
-
-
-ELSEWHERE = """
-import sys
-
-import modelopt.torch.opt as mto
-import qwen_asr
-import torch
-from transformers import AutoModel
-
-mto.enable_huggingface_checkpointing()
-saved_plainly, saved_without_backend, expected = sys.argv[1:]
-inputs, output = torch.load(expected)
-for folder in (saved_without_backend, saved_plainly):
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    try:
-        found = model.thinker.model.layers[0].mlp.up_proj(inputs)
-        print("result: equal" if torch.equal(found, output) else "result: unequal")
-    except KeyError as error:
-        print("result:", error.args[0])
-assert "qad_dist" not in sys.modules
-"""
-
-
-def test_folder_saved_without_the_backend_loads_where_this_project_is_unknown(
-    new_student: AsrModel, tmp_path: Path
-) -> None:
-    """And saved with it, it does not: ModelOpt's state keeps the name."""
-    enable_checkpointing()
-    use_fast_fake_quant(new_student.model)
-    plainly, without = tmp_path / "plainly", tmp_path / "without"
-    save_checkpoint(new_student.model, plainly, base=new_student.folder, dtype="float32")
-    with without_backend(new_student.model):
-        save_checkpoint(new_student.model, without, base=new_student.folder, dtype="float32")
-    inputs = torch.randn(1, 5, 128)
-    torch.save((inputs, new_student.decoder.layers[0].mlp.up_proj(inputs).detach()), tmp_path / "expected.pt")
-
-    arguments = [sys.executable, "-c", ELSEWHERE, str(plainly), str(without), str(tmp_path / "expected.pt")]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
-
-    assert done.returncode == 0, done.stderr
-    results = [line for line in done.stdout.splitlines() if line.startswith("result: ")]
-    assert results == ["result: equal", f"result: Quant backend '{BACKEND}' is not registered."]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qad_dist.asr.load import AsrModel
 from qad_dist.batch import Batch
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.linears import LINEARS
 from qad_dist.pairing import walk_batch
 from qad_dist.quant.calibrate import Calibration, GroupKey, SmoothedGroup
@@ -20,7 +21,6 @@ from qad_dist.quant.search import Choice
 from qad_dist.quant.sensitivity import LinearSensitivity, as_json, groups_by_kl, measure_sensitivity
 from qad_dist.quant.state import enabled_quantizers, keep_in_high_precision
 from qad_dist.quant.walk import WalkBatch
-from qad_dist.quantize_section import QuantizeConfig
 from shards.errors import ModelError
 from tests.helpers.quantized import pack_with_own_responses, source_of
 from tests.helpers.qwen import Samples

@@ -69,6 +69,16 @@ def test_memory_of_a_rank_is_shared_out_as_the_zero_stage_says(root, zero_stage,
     assert parts["master, m and v"] / 12e6 == pytest.approx(440.5 / 8, rel=1e-3)
 
 
+def test_hidden_states_that_are_compared_take_two_more_tensors_of_each_layer(root):
+    """The teacher's, and a gradient, which the loss computes on the way forward."""
+    runs = [load_run(root / "configs/toy.yaml", [f"train.hidden_weight={weight}"]) for weight in (0, 1)]
+
+    alone, compared = (memory_per_rank(run, model_size(QWEN3_ASR), zero_stage=1, world_size=8) for run in runs)
+
+    assert compared["activations"] - alone["activations"] == 2048 * 2 * 28 * 1024 * 4  # float32
+    assert compared | {"activations": 0.0} == alone | {"activations": 0.0}
+
+
 def test_disk_is_unknown_where_model_or_hours_are(root):
     run = load_run(root / "configs/toy.yaml")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
 from shards.hidden import HiddenStates, hidden_path
 from shards.index import UtteranceTable, read_index, read_utterances
 from shards.labelled import LabelledTable, LabelledUtterance, Verdicts, better_answers, read_labelled
@@ -30,9 +30,8 @@ def packed(tmp_path: Path) -> Path:
         write_tone(path, number, seconds=0.4 + 0.1 * number)
         split = "test" if number == 0 else "train"
         language = "German" if number % 2 else "English"
-        recordings.append(
-            Recording(path=str(path), key=f"utt-{number}", source="tones", split=split, language=language)
-        )
+        source = ("booth", "phone", "booth")[number % 3]
+        recordings.append(Recording(path=str(path), key=f"utt-{number}", source=source, split=split, language=language))
     pack_tones(recordings, tmp_path / "pack", holdout=0, utterances_per_shard=3)
     return tmp_path / "pack"
 
@@ -337,3 +336,17 @@ def test_the_table_takes_no_utterance_of_another_split(packed: Path, tmp_path: P
 
     assert isinstance(labelled.rows.utterances, UtteranceTable)
     assert numbers_in(labelled.rows) == [0]
+
+
+def test_rows_of_sources_are_those_that_the_index_says(packed: Path, tmp_path: Path) -> None:
+    label(packed, tmp_path / "label")
+    rows = read_labelled(packed, tmp_path / "label", split="train", verdicts=judge()).rows
+
+    phone = rows.take(rows.utterances.places_of(["phone"], setting="x.sources"))
+    both = rows.take(rows.utterances.places_of(("booth", "phone"), setting="x.sources"))
+
+    assert sorted(numbers_in(phone)) == [1, 4]
+    assert [facts_of(row) for row in phone] == [facts_of(row) for row in rows if number_of(row[0].key) in (1, 4)]
+    assert numbers_in(both) == numbers_in(rows)
+    with pytest.raises(ConfigError, match=r"x\.sources must be sources of this speech \(booth, phone\), got car"):
+        rows.utterances.places_of(["phone", "car"], setting="x.sources")

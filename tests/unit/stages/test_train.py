@@ -12,9 +12,10 @@ from torch import Tensor
 from qad_dist.asr.dataset import LabelledSet
 from qad_dist.asr.decoder import DecoderStack
 from qad_dist.asr.load import AsrModel
-from qad_dist.augment_section import AugmentConfig
 from qad_dist.batch import Batch
 from qad_dist.config import RunConfig
+from qad_dist.config.augment import AugmentConfig
+from qad_dist.config.train import TrainConfig
 from qad_dist.distill.evaluate import evaluate
 from qad_dist.distill.loop import accumulate_gradient
 from qad_dist.distill.models import TeacherAndStudent
@@ -24,7 +25,6 @@ from qad_dist.heldout import heldout_batches
 from qad_dist.pairing import join_models
 from qad_dist.runtime.world import World
 from qad_dist.stages.train import _compiles
-from qad_dist.train_section import TrainConfig
 from qad_dist.training_data import Data, largest_micro_batches, training_plan
 from shards.audio import encode_flac
 from shards.read import Damaged, Shards
@@ -113,9 +113,8 @@ def without(batch: Batch, place: int, lengths: list[int]) -> Batch:
 def gradient_of(models: tuple[TeacherAndStudent, DecoderStack, AsrModel], *batches: Batch) -> Tensor:
     joined, stack, _ = models
     stack.zero_grad()
-    settings = TrainConfig(ce_weight=0.3)
-    window = Window(torch.device("cpu"), token_budget=settings.micro_batch_tokens)
-    window.clock.start()
+    settings = TrainConfig(ce_weight=0.3, hidden_weight=0)
+    window = Window(torch.device("cpu"), settings)
     accumulate_gradient(Backward(), joined, OneStep(*batches), settings, step=0, window=window)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten() for p in stack.parameters() if p.grad is not None])
 

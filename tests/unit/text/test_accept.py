@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qad_dist.filters import FiltersConfig
+from qad_dist.config.filters import FiltersConfig
 from qad_dist.text.accept import REASONS, judge, judged_by
 from shards.languages import LANGUAGES
 from shards.schema import ENDED_BY_END_TOKEN, ENDED_BY_LENGTH, UNREADABLE, PseudoLabel

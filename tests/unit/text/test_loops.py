@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from qad_dist.filters import LoopFilterConfig
+from qad_dist.config.filters import LoopFilterConfig
 from qad_dist.text.loops import LONGEST_UNIT, new_share, repeated_words, units
 from qad_dist.text.normalize import normalize
 from shards.languages import LANGUAGES

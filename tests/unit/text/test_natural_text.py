@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from qad_dist.filters import FiltersConfig
+from qad_dist.config.filters import FiltersConfig
 from qad_dist.text.accept import judge
 from shards.schema import ENDED_BY_END_TOKEN, PseudoLabel
 from tests.helpers.sentences import FAMILIES, sentences

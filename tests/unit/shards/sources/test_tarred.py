@@ -92,6 +92,14 @@ def test_the_record_beside_the_audio_is_found_by_offset(tmp_path, read):
     assert (found.name, found.reference, found.split) == ("mine", "a", "test")
 
 
+@pytest.mark.parametrize(("told", "source"), [("phone", "phone"), ("", "in"), (7, "in"), ({"url": "x"}, "in")])
+def test_the_source_is_what_the_record_says_if_that_is_a_name(tmp_path, read, told, source):
+    members = {"x.json": json.dumps({"source": told}).encode(), "x.wav": tone_bytes(0, kind="WAV")}
+    write_tar(tmp_path / "in" / "0.tar", members)
+
+    assert [one.source for one in read(tmp_path / "in")] == [source]
+
+
 @pytest.mark.parametrize(
     ("others", "reference"),
     [

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from qad_dist.config.quantize import QuantizeConfig
 from qad_dist.formats import FORMATS
-from qad_dist.quantize_section import QuantizeConfig
 
 SERVED = "int8, int8_dynamic, int8_weight_only, fp8, int4_weight_only, w4a8"
 

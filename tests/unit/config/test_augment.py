@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qad_dist.augment_section import AugmentConfig
+from qad_dist.config.augment import AugmentConfig
 
 
 @pytest.mark.parametrize(

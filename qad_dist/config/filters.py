@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qad_dist.section import Section
+from qad_dist.config.section import Section
 
 FilterAction = Literal["drop", "kl_only", "none"]
 """``drop`` leaves an utterance out of calibration and training, ``kl_only`` only its cross-entropy term."""

@@ -6,32 +6,38 @@ import pytest
 from pydantic import ValidationError
 
 from qad_dist.config import RunConfig
-from qad_dist.train_section import TrainConfig
+from qad_dist.config.train import TrainConfig
 
 RUN = {"run": "unused", "model": {"path": "unused"}, "pack": {"inputs": ["unused"]}}
 
 
-def loss_of(**settings: Any) -> tuple[float, float, float]:
-    """Weights of KL and cross-entropy, and the temperature."""
+def loss_of(**settings: Any) -> tuple[float, float, float, float]:
+    """Weights of KL and cross-entropy, the temperature, and the weight of the hidden states."""
     config = TrainConfig.model_validate(settings)
-    return config.kl_weight, config.ce_weight, config.temperature
+    return config.kl_weight, config.ce_weight, config.temperature, config.hidden_weight
 
 
-def test_loss_is_the_kl_alone_unless_told_otherwise() -> None:
-    assert loss_of() == loss_of(preset="qad") == (1.0, 0.0, 1.0)
+def test_loss_is_the_kl_and_the_distance_of_hidden_states_unless_told_otherwise() -> None:
+    assert loss_of() == loss_of(preset="qad") == (1.0, 0.0, 1.0, 1.0)
+    assert RunConfig.model_validate(RUN).train.hidden_weight == 1.0
+
+
+def test_hidden_states_are_not_compared_where_the_teacher_has_none_like_the_students() -> None:
+    assert loss_of(teacher="cached") == loss_of(teacher_model="other") == (1.0, 0.0, 1.0, 0.0)
+    assert loss_of(hidden_weight=0.5) == (1.0, 0.0, 1.0, 0.5)
 
 
 def test_released_preset_is_the_loss_of_the_released_model() -> None:
     """Half KL at temperature 2, half cross-entropy: the model card of the INT8 + QAD checkpoint."""
-    assert loss_of(preset="released") == (0.5, 0.5, 2.0)
+    assert loss_of(preset="released") == (0.5, 0.5, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"temperature": 1.0}, (0.5, 0.5, 1.0)),
-        ({"ce_weight": 0}, (0.5, 0.0, 2.0)),
-        ({"kl_weight": 1.0, "ce_weight": 0.1, "temperature": 4}, (1.0, 0.1, 4.0)),
+        ({"temperature": 1.0}, (0.5, 0.5, 1.0, 0.0)),
+        ({"ce_weight": 0}, (0.5, 0.0, 2.0, 0.0)),
+        ({"kl_weight": 1.0, "ce_weight": 0.1, "temperature": 4, "hidden_weight": 2}, (1.0, 0.1, 4.0, 2.0)),
     ],
     ids=str,
 )
@@ -45,7 +51,7 @@ def test_preset_changes_nothing_but_the_loss() -> None:
 
     changed = {name for name in ours if ours[name] != released[name]}
 
-    assert changed == {"preset", "kl_weight", "ce_weight", "temperature"}
+    assert changed == {"preset", "kl_weight", "ce_weight", "temperature", "hidden_weight"}
 
 
 def test_section_with_a_preset_survives_being_written_and_read() -> None:
@@ -63,6 +69,7 @@ def test_section_with_a_preset_survives_being_written_and_read() -> None:
         ({"teacher": "stored"}, r"teacher.*'online' or 'cached'"),
         ({"max_skipped_steps": -1}, "max_skipped_steps"),
         ({"patience": 0}, "patience"),
+        ({"keep": "last", "patience": 3}, r"train\.patience must be null with train\.keep last, got 3;"),
         ({"keep_checkpoints": 1}, "keep_checkpoints"),
         ({"decode_utterances": -1}, "decode_utterances"),
         ({"steps": 50, "warmup_steps": 50}, r"train\.warmup_steps must be below train\.steps \(50\), got 50;"),

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from qad_dist.section import Section
+from qad_dist.config.section import Section, check_order
 from shards.errors import ConfigError
 
 # Beyond it one of the two is inaudible, or overflows.
@@ -44,9 +44,5 @@ class AugmentConfig(Section):
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
-        for name, (low, high) in (("noise_snr_db", self.noise_snr_db), ("gain_db", self.gain_db)):
-            if low > high:
-                raise ConfigError(
-                    f"train.augment.{name} must be the lower and the higher bound, got {low:g} and {high:g}; swap them"
-                )
+        check_order({"train.augment.noise_snr_db": self.noise_snr_db, "train.augment.gain_db": self.gain_db})
         return self

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from qad_dist.config.section import Section
 from qad_dist.formats import FORMATS, Format, FormatName
-from qad_dist.section import Section
 from shards.errors import ConfigError
 
 GroupName = Literal["qkv", "o", "gate_up", "down"]
@@ -32,6 +32,9 @@ class QuantizeConfig(Section):
     """Share of the inputs, in percent, that lies below the clipped amax."""
     calibration_utterances: int = Field(default=1024, ge=1)
     """Taken from the labelled training split, spread over languages and durations; 4 KB of memory a token."""
+    calibration_sources: tuple[str, ...] = ()
+    """Only utterances of these sources, by the name in the index; empty: of all. What is served is what matters here:
+    speech that nobody will send widens the scales, though it may be good to train on."""
     make_clips: bool = True
     """Make silent clips and clips of 20 to 30 s where the data has few of them; the teacher answers these, too."""
     micro_batch_tokens: int = Field(default=8192, ge=256)

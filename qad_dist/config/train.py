@@ -4,25 +4,26 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qad_dist.augment_section import AugmentConfig
-from qad_dist.section import Section
+from qad_dist.config.augment import AugmentConfig
+from qad_dist.config.section import Section
 from shards.errors import ConfigError
 
 PresetName = Literal["qad", "released"]
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
-    "qad": {},
+    "qad": {"hidden_weight": 1.0},
     "released": {"kl_weight": 0.5, "ce_weight": 0.5, "temperature": 2.0},
 }
-"""Values of settings that are not given: ours are the defaults; the other is the loss of the released INT8 model."""
+"""Values of settings that are not given, beside the defaults; the second is the loss of the released INT8 model."""
 
 
 class TrainConfig(Section):
     """The ``train:`` section: quantization-aware distillation."""
 
     preset: PresetName = "qad"
-    """What the loss is where its settings are not given: ``qad``, KL alone at temperature 1; ``released``, half KL at
-    temperature 2 and half cross-entropy, as the released INT8 + QAD model was trained."""
+    """What the loss is where its settings are not given: ``qad``, KL at temperature 1 and the distance of hidden states
+    with weight 1; ``released``, half KL at temperature 2 and half cross-entropy, as the released INT8 + QAD model was
+    trained."""
     deepspeed: str | None = "configs/deepspeed/zero1.json"
     """DeepSpeed settings; the file's ``zero_optimization.stage`` (1, 2 or 3) says what is sharded. ``null``: nothing
     is, plain data parallelism."""
@@ -42,6 +43,8 @@ class TrainConfig(Section):
     """Micro-batches of a step over all ranks, whatever their number: the global batch."""
     augment: AugmentConfig = AugmentConfig()
     """Altered copies of the utterances."""
+    sources: tuple[str, ...] = ()
+    """Only utterances of these sources, by the name in the index; empty: of all."""
     language_temperature: float = Field(default=1.0, ge=1, le=100)
     """Above 1, rare languages come more often: a language's share of the audio is its hours to the power of 1/T."""
     max_hours_per_language: float | None = Field(default=None, gt=0)
@@ -56,8 +59,8 @@ class TrainConfig(Section):
     """AdamW's decoupled decay; never applied to norms."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW; the weights of a student that is near its teacher have small gradients, averaged over many steps."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; a longer gradient is scaled down to it."""
     train_norms: bool = False
@@ -73,7 +76,8 @@ class TrainConfig(Section):
     """Weight of the cross-entropy on the teacher's tokens; it pulls the student away from the teacher's doubts."""
     hidden_weight: float = Field(default=0.0, ge=0)
     """Weight of the relative squared distance between the hidden states of both models, the mean over all layers, per
-    token of prompt, audio and response; 0 compares logits alone."""
+    token of prompt, audio and response; 0 compares logits alone. Not given, it is 1 in the preset ``qad`` but for a
+    teacher that has no layers to compare with: a cached one, or another than ``model.path``."""
     loss_chunk_rows: int = Field(default=1024, ge=1)
     """Response rows whose logits exist at once."""
     compile: bool | None = None
@@ -91,6 +95,8 @@ class TrainConfig(Section):
     first step and behind the last."""
     decode_utterances: int = Field(default=256, ge=0)
     """Held-out utterances that are decoded for it, at most; 0 never decodes."""
+    keep: Literal["best", "last"] = "best"
+    """Which student is the result: of all looks the one nearest to the teacher, or that of the last look."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many looks without a better student; ``null`` trains all steps."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -111,8 +117,10 @@ class TrainConfig(Section):
         if not isinstance(values, dict):
             return values
         name = values.get("preset", "qad")
-        preset = PRESETS.get(name) if isinstance(name, str) else None
-        return {**preset, **values} if preset else values  # pydantic refuses a name that is not known
+        preset = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}  # pydantic refuses what is not known
+        if not _has_layers(values.get("teacher"), values.get("teacher_model")):
+            preset.pop("hidden_weight", None)
+        return {**preset, **values}
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -120,6 +128,10 @@ class TrainConfig(Section):
             raise ConfigError(
                 f"train.warmup_steps must be below train.steps ({self.steps}), got {self.warmup_steps}; "
                 "50 is enough for a cosine run of 1,000 steps"
+            )
+        if self.patience is not None and self.keep == "last":
+            raise ConfigError(
+                f"train.patience must be null with train.keep last, got {self.patience}; no look is better than another"
             )
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ConfigError("train.kl_weight and train.ce_weight must not both be 0, got 0 and 0; set one above 0")
@@ -132,7 +144,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _compared_layers_are_there(self) -> Self:
-        if self.hidden_weight and (self.teacher == "cached" or self.teacher_model is not None):
+        if self.hidden_weight and not _has_layers(self.teacher, self.teacher_model):
             what = "train.teacher online" if self.teacher == "cached" else "train.teacher_model null"
             raise ConfigError(
                 f"train.hidden_weight above 0 needs {what}, got {self.hidden_weight:g}; set it to 0: that teacher has "
@@ -153,3 +165,8 @@ class TrainConfig(Section):
                 "for altered audio"
             )
         return self
+
+
+def _has_layers(teacher: Any, teacher_model: Any) -> bool:
+    """Whether the student's hidden states can be compared with the teacher's, layer by layer."""
+    return teacher != "cached" and teacher_model is None

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qad_dist.config import RunConfig, dump_run, load_run, settings_table
+from qad_dist.config import RunConfig, dump_run, load_run
+from qad_dist.config.page import settings_table
 from shards.errors import ConfigError
 
 SMALL = """\
