@@ -11,19 +11,18 @@ from shards.errors import ConfigError
 PresetName = Literal["qad", "released"]
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
-    "qad": {"hidden_weight": 1.0},
+    "qad": {},
     "released": {"kl_weight": 0.5, "ce_weight": 0.5, "temperature": 2.0},
 }
-"""Values of settings that are not given, beside the defaults; the second is the loss of the released INT8 model."""
+"""Values of settings that are not given; ``qad`` has the defaults, ``released`` the loss of the released INT8 model."""
 
 
 class TrainConfig(Section):
     """The ``train:`` section: quantization-aware distillation."""
 
     preset: PresetName = "qad"
-    """What the loss is where its settings are not given: ``qad``, KL at temperature 1 and the distance of hidden states
-    with weight 1; ``released``, half KL at temperature 2 and half cross-entropy, as the released INT8 + QAD model was
-    trained."""
+    """What the loss is where its settings are not given: ``qad``, KL at temperature 1 alone; ``released``, half KL at
+    temperature 2 and half cross-entropy, as the released INT8 + QAD model was trained."""
     deepspeed: str | None = "configs/deepspeed/zero1.json"
     """DeepSpeed settings; the file's ``zero_optimization.stage`` (1, 2 or 3) says what is sharded. ``null``: nothing
     is, plain data parallelism."""
@@ -76,8 +75,8 @@ class TrainConfig(Section):
     """Weight of the cross-entropy on the teacher's tokens; it pulls the student away from the teacher's doubts."""
     hidden_weight: float = Field(default=0.0, ge=0)
     """Weight of the relative squared distance between the hidden states of both models, the mean over all layers, per
-    token of prompt, audio and response; 0 compares logits alone. Not given, it is 1 in the preset ``qad`` but for a
-    teacher that has no layers to compare with: a cached one, or another than ``model.path``."""
+    token of prompt, audio and response; 0 compares logits alone. It needs a teacher with the student's layers: not a
+    cached one, nor another than ``model.path``."""
     loss_chunk_rows: int = Field(default=1024, ge=1)
     """Response rows whose logits exist at once."""
     compile: bool | None = None
@@ -110,6 +109,11 @@ class TrainConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Also log to these (each needs its package); ``metrics.jsonl`` is always written."""
 
+    @property
+    def compares_layers(self) -> bool:
+        """Whether the loss needs the hidden states behind all layers of both models."""
+        return self.hidden_weight > 0
+
     @model_validator(mode="before")
     @classmethod
     def _take_preset(cls, values: Any) -> Any:
@@ -117,9 +121,7 @@ class TrainConfig(Section):
         if not isinstance(values, dict):
             return values
         name = values.get("preset", "qad")
-        preset = dict(PRESETS.get(name, {})) if isinstance(name, str) else {}  # pydantic refuses what is not known
-        if not _has_layers(values.get("teacher"), values.get("teacher_model")):
-            preset.pop("hidden_weight", None)
+        preset = PRESETS.get(name, {}) if isinstance(name, str) else {}  # pydantic refuses what is not known
         return {**preset, **values}
 
     @model_validator(mode="after")
@@ -144,8 +146,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _compared_layers_are_there(self) -> Self:
-        if self.hidden_weight and not _has_layers(self.teacher, self.teacher_model):
-            what = "train.teacher online" if self.teacher == "cached" else "train.teacher_model null"
+        is_cached = self.teacher == "cached"
+        if self.compares_layers and (is_cached or self.teacher_model is not None):
+            what = "train.teacher online" if is_cached else "train.teacher_model null"
             raise ConfigError(
                 f"train.hidden_weight above 0 needs {what}, got {self.hidden_weight:g}; set it to 0: that teacher has "
                 "no layers to compare the student's with"
@@ -165,8 +168,3 @@ class TrainConfig(Section):
                 "for altered audio"
             )
         return self
-
-
-def _has_layers(teacher: Any, teacher_model: Any) -> bool:
-    """Whether the student's hidden states can be compared with the teacher's, layer by layer."""
-    return teacher != "cached" and teacher_model is None

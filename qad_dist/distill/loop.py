@@ -160,7 +160,7 @@ def accumulate_gradient(
     Returns:
         bool scalar on the device: whether all losses were finite numbers.
     """
-    step_rows, step_tokens = data.num_rows(step), data.num_tokens(step) if settings.hidden_weight else 1
+    step_rows, step_tokens = data.num_rows(step), data.num_tokens(step) if settings.compares_layers else 1
     is_finite = torch.ones((), dtype=torch.bool, device=models.device)
     for host_batch, is_last in _with_last(data.micro_batches(step)):
         fault_point("train.after_read", step=step, rank=own_rank())
@@ -205,7 +205,7 @@ def forward(
         teacher_head_VE=models.teacher_head_VE,
     )
     loss, distance = sums.loss / rows, None
-    if settings.hidden_weight:
+    if settings.compares_layers:
         weight_N = host_batch.token_weights().to(models.device, non_blocking=True)
         distance = hidden_distance(student.layers, teacher.layers, weight_N)
         loss = loss + settings.hidden_weight * distance / tokens

@@ -96,7 +96,7 @@ class Window:
         # The slowest rank sets the pace, whichever part it waits in.
         total = max(sum(one.values()) for one in times)
         values = {name: value / num_rows for name, value in zip(SUMS, sums, strict=True)}
-        if self._settings.hidden_weight:
+        if self._settings.compares_layers:
             values[HIDDEN] = distance / max(tokens, 1)
             values[LOSS] += self._settings.hidden_weight * values[HIDDEN]
         values |= {

@@ -76,7 +76,7 @@ def memory_per_rank(run: RunConfig, size: ModelSize, *, zero_stage: int, world_s
     # What autograd keeps of one layer for one token: norms, q, k, v, attention, gate, up and their product, each once
     # as it was and once fake-quantized.
     kept_per_token = 2 * size.decoder_layers * (8 * size.hidden + 5 * size.intermediate)
-    if run.train.hidden_weight:  # of each layer the teacher's state, and the gradient of the distance from it
+    if run.train.compares_layers:  # of each layer the teacher's state, and the gradient of the distance from it
         kept_per_token += 2 * size.decoder_layers * size.hidden
     return {
         "shared frozen parts": size.shared_weights * each,

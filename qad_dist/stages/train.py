@@ -137,7 +137,7 @@ def make_optimizer(run: RunConfig, module: torch.nn.Module) -> torch.optim.Optim
 
 
 def _engine(run: RunConfig, student: AsrModel, world: World) -> Engine:
-    stack = DecoderStack(student.decoder.layers, keeps_all=run.train.hidden_weight > 0)
+    stack = DecoderStack(student.decoder.layers, keeps_all=run.train.compares_layers)
     choose_trainable(stack, train_norms=run.train.train_norms)
     num_weights = sum(parameter.numel() for parameter in stack.parameters())
     num_trained = sum(parameter.numel() for parameter in stack.parameters() if parameter.requires_grad)
@@ -175,7 +175,7 @@ def _join(run: RunConfig, models: Models, engine: Engine) -> TeacherAndStudent:
         models.student,
         engine,
         is_cached=run.train.teacher == "cached",
-        compares_layers=run.train.hidden_weight > 0,
+        compares_layers=run.train.compares_layers,
     )
 
 

@@ -78,16 +78,18 @@ EIGHT_BITS = ("int8", "int8_dynamic")
 """Formats that stand beside the released model's, ModelOpt's static INT8."""
 ABLATED, SHORT = "w4a8", 300
 """Format and steps of an ablation."""
-LOGITS = ["train.hidden_weight=0"]
+LITTLE = "train.sources=[an4, digits]"
+HIDDEN = "train.hidden_weight=1"
 VARIANTS = {
-    "AN4 and digits": [*LOGITS, "train.sources=[an4, digits]"],
-    "and two altered copies of each": [*LOGITS, "train.sources=[an4, digits]", "train.augment.copies=2"],
-    "and other speech instead": [*LOGITS, "train.sources={others}"],
-    "and splices": LOGITS,
-    "and hidden states (qad)": [],
+    "AN4 and digits": [LITTLE],
+    "with hidden states": [LITTLE, HIDDEN],
+    "with two altered copies of each": [LITTLE, "train.augment.copies=2"],
+    "other speech instead of copies": ["train.sources={others}"],
+    "and splices (qad)": [],
+    "qad with hidden states": [HIDDEN],
     "released": ["train.preset=released", "train.keep=last"],
 }
-"""Each adds to the one before, but for the last, which has all the data."""
+"""The last three have all the data."""
 PACKED, LABELLED = "packed", "labelled"
 TEACHER, PTQ = "teacher", "PTQ"
 KL_ONLY = ("no_text", "runaway", "loop", "rate", "script")

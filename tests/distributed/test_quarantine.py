@@ -99,7 +99,7 @@ def train_on_damage(rank: int, world_size: int, folder: str, max_share: float, t
                     engine,  # type: ignore[arg-type]
                     make_models(tables[0], student_VD, tables[2]),
                     batches,
-                    TrainConfig(steps=STEPS, warmup_steps=1, log_every=1, hidden_weight=0),
+                    TrainConfig(steps=STEPS, warmup_steps=1, log_every=1),
                     state=START,
                     checkpoints=Checkpoints(Path(folder) / "train", keep=2),
                     hooks=hooks,

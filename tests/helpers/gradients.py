@@ -165,7 +165,7 @@ def _all_states(stack: DecoderStack, embedded: list[EmbeddedBatch]) -> Tensor:
 def _build(run: RunConfig, student: AsrModel, kind: str, world: World, dtype: torch.dtype) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one plugin in a process
     GradientState._reset_state()
-    stack = DecoderStack(student.decoder.layers, keeps_all=run.train.hidden_weight > 0)
+    stack = DecoderStack(student.decoder.layers, keeps_all=run.train.compares_layers)
     choose_trainable(stack, train_norms=run.train.train_norms)
     return build_engine(
         stack,

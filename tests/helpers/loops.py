@@ -21,7 +21,7 @@ START = TrainingState(fingerprint="f")
 
 def settings(**values: object) -> TrainConfig:
     """Of a student that is a table: it has no layers whose states could be compared."""
-    given = {"steps": 4, "warmup_steps": 1, "log_every": 2, "learning_rate": 0.1, "hidden_weight": 0}
+    given = {"steps": 4, "warmup_steps": 1, "log_every": 2, "learning_rate": 0.1}
     return TrainConfig.model_validate({**given, **values})
 
 

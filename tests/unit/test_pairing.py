@@ -39,7 +39,7 @@ from tests.helpers.reading import write_shards
 
 CPU = torch.device("cpu")
 NUM_CLIPS = 5
-LOSS = TrainConfig(ce_weight=0.3, hidden_weight=0)
+LOSS = TrainConfig(ce_weight=0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def learn(pair: Pair, *batches: Batch, is_cached: bool = False, settings: TrainC
     """Loss and gradient, summed over rows, of these micro-batches."""
     window, total = Window(CPU, settings), 0.0
     pair.stack.zero_grad()
-    models = pair.join(is_cached=is_cached, compares_layers=settings.hidden_weight > 0)
+    models = pair.join(is_cached=is_cached, compares_layers=settings.compares_layers)
     for batch in batches:
         loss = forward(models, batch, settings, step=0, rows=1, tokens=1, window=window)
         loss.backward()
@@ -192,7 +192,7 @@ def test_distance_of_hidden_states_is_added_to_the_loss_over_all_layers_and_read
 
     both, _ = learn(pair, batch, settings=TrainConfig(hidden_weight=0.5))
 
-    alone, _ = learn(pair, batch, settings=TrainConfig(hidden_weight=0))
+    alone, _ = learn(pair, batch, settings=TrainConfig())
     models = pair.join(compares_layers=True)
     with torch.no_grad():
         embedded = models.embed(batch)
@@ -343,7 +343,7 @@ def test_teacher_of_another_size_teaches_by_its_own_audio_tower_and_head(
     """Against both models by themselves, all logits at once, and autograd in float64."""
     pair = pair_of(larger)
     check_same_vocabulary(pair.teacher, pair.student)
-    settings = TrainConfig.model_validate({"divergence": divergence, "temperature": temperature, "hidden_weight": 0})
+    settings = TrainConfig.model_validate({"divergence": divergence, "temperature": temperature})
     batch = digits.online.batch(range(NUM_CLIPS))
 
     loss, gradient = learn(pair, batch, settings=settings)

@@ -17,14 +17,10 @@ def loss_of(**settings: Any) -> tuple[float, float, float, float]:
     return config.kl_weight, config.ce_weight, config.temperature, config.hidden_weight
 
 
-def test_loss_is_the_kl_and_the_distance_of_hidden_states_unless_told_otherwise() -> None:
-    assert loss_of() == loss_of(preset="qad") == (1.0, 0.0, 1.0, 1.0)
-    assert RunConfig.model_validate(RUN).train.hidden_weight == 1.0
-
-
-def test_hidden_states_are_not_compared_where_the_teacher_has_none_like_the_students() -> None:
-    assert loss_of(teacher="cached") == loss_of(teacher_model="other") == (1.0, 0.0, 1.0, 0.0)
+def test_loss_is_the_kl_alone_unless_told_otherwise() -> None:
+    assert loss_of() == loss_of(preset="qad") == (1.0, 0.0, 1.0, 0.0)
     assert loss_of(hidden_weight=0.5) == (1.0, 0.0, 1.0, 0.5)
+    assert not RunConfig.model_validate(RUN).train.compares_layers
 
 
 def test_released_preset_is_the_loss_of_the_released_model() -> None:
@@ -51,7 +47,7 @@ def test_preset_changes_nothing_but_the_loss() -> None:
 
     changed = {name for name in ours if ours[name] != released[name]}
 
-    assert changed == {"preset", "kl_weight", "ce_weight", "temperature", "hidden_weight"}
+    assert changed == {"preset", "kl_weight", "ce_weight", "temperature"}
 
 
 def test_section_with_a_preset_survives_being_written_and_read() -> None:

@@ -24,7 +24,7 @@ def test_every_batch_goes_forward_and_backward_and_changes_nothing(
 ) -> None:
     engine, before = PlainEngine(table=student), student.detach().clone()
 
-    preflight(engine, models, iter(batches), TrainConfig(hidden_weight=0))  # type: ignore[arg-type]
+    preflight(engine, models, iter(batches), TrainConfig())  # type: ignore[arg-type]
 
     assert engine.calls == ["last", "step"] * 2
     assert engine.num_skipped() == 2
@@ -43,7 +43,7 @@ def test_sizes_and_memory_are_told(batches: list[Batch], caplog) -> None:
         PlainEngine(table=student),  # type: ignore[arg-type]
         make_models(teacher_VD, student, head_VD),
         iter(batches),
-        TrainConfig(hidden_weight=0),
+        TrainConfig(),
     )
 
     told = [record.getMessage() for record in caplog.records]
@@ -69,6 +69,6 @@ def test_what_does_not_fit_ends_it_before_the_first_step(
     engine = SmallEngine(table=student)
 
     with pytest.raises(torch.OutOfMemoryError):
-        preflight(engine, models, iter(batches), TrainConfig(hidden_weight=0))  # type: ignore[arg-type]
+        preflight(engine, models, iter(batches), TrainConfig())  # type: ignore[arg-type]
 
     assert engine.calls == []

@@ -113,7 +113,7 @@ def without(batch: Batch, place: int, lengths: list[int]) -> Batch:
 def gradient_of(models: tuple[TeacherAndStudent, DecoderStack, AsrModel], *batches: Batch) -> Tensor:
     joined, stack, _ = models
     stack.zero_grad()
-    settings = TrainConfig(ce_weight=0.3, hidden_weight=0)
+    settings = TrainConfig(ce_weight=0.3)
     window = Window(torch.device("cpu"), settings)
     accumulate_gradient(Backward(), joined, OneStep(*batches), settings, step=0, window=window)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten() for p in stack.parameters() if p.grad is not None])
