@@ -5,10 +5,6 @@ Codecs without checksums (PCM, MP3, AAC) cannot tell samples that were changed; 
 
 import hashlib
 import io
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -17,8 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from shards.audio import decode, decode_bytes, stream
+from shards.audio import decode_bytes, stream
 from shards.errors import AudioError
+from tests.helpers.decode_files import decode_in_fresh_process
 from tests.helpers.tones import make_tone, number_of
 
 av = pytest.importorskip("av")
@@ -334,22 +331,6 @@ def test_errors_that_are_known_only_at_the_end_come_after_the_blocks():
         list(blocks)
 
 
-def decode_files(tmp_path, paths):
-    """Outcomes and peak memory of a fresh process that decodes these files; a crash or hang of it fails the test."""
-    (tmp_path / "paths.json").write_text(json.dumps([str(path) for path in paths]))
-    root = Path(__file__).parent.parent.parent
-    subprocess.run(
-        [sys.executable, "tests/helpers/decode_files.py", tmp_path / "paths.json", tmp_path / "answer.json"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stderr=subprocess.DEVNULL,  # libmpg123's own messages
-        timeout=600,
-        check=True,
-    )
-    answer = json.loads((tmp_path / "answer.json").read_text())
-    return answer["outcomes"], answer["peak_bytes"]
-
-
 def test_half_an_hour_takes_no_more_memory_than_a_minute(tmp_path):
     peaks = {}
     for minutes in (1, 30):
@@ -363,7 +344,7 @@ def test_half_an_hour_takes_no_more_memory_than_a_minute(tmp_path):
             for _ in range(minutes * 6):
                 flac.write(np.zeros(480_000, np.int16))
         paths = [tmp_path / f"{minutes}.wav", tmp_path / f"{minutes}.flac"]
-        outcomes, peaks[minutes] = decode_files(tmp_path, paths)
+        outcomes, peaks[minutes] = decode_in_fresh_process(tmp_path, paths)
         assert [seconds for seconds, _ in outcomes.values()] == [minutes * 60] * 2
 
     assert peaks[30] < peaks[1] + 32 * 2**20
@@ -396,7 +377,7 @@ def test_damaged_files_neither_crash_nor_hang_nor_eat_memory(tmp_path):
             paths.append(tmp_path / f"{kind.replace(' ', '-')}-{number}")
             paths[-1].write_bytes(mutate(example(kind), rng))
 
-    outcomes, peak_bytes = decode_files(tmp_path, paths)
+    outcomes, peak_bytes = decode_in_fresh_process(tmp_path, paths)
 
     assert len(outcomes) == len(paths)
     assert peak_bytes < 2**30
@@ -405,87 +386,6 @@ def test_damaged_files_neither_crash_nor_hang_nor_eat_memory(tmp_path):
         *["truncated", "damaged", "unreadable", "format", "empty", "sample rate", "channels", "too long"],
         *["not finite", "out of range"],
     }
-
-
-# Decoded by one of the two decoders of the manifest at least, and refused here all the same.
-REFUSED = {
-    "asterisk_gsm/agent-alreadyon.gsm": "has no header, only a suffix",
-    "asterisk_gsm/agent-incorrect.gsm": "has no header, only a suffix",
-    "asterisk_gsm/agent-loggedoff.gsm": "has no header, only a suffix",
-    "flac_test_files/01 - changing samplerate.flac": "one resampler per file",
-    "flac_test_files/03 - wrong bit depth.flac": "libsndfile scales by the header: 256 times too quiet",
-    "flac_test_files/11 - incorrect metadata block length.flac": "FFmpeg decodes no sample of it",
-    "mutagen/apev2-lyricsv2.mp3": "the first 75 of 8,076 frames",
-    "mutagen/bad-xing.mp3": "cut within its last frame",
-    "mutagen/id3v1v2-combined.mp3": "cut within its last frame",
-    "mutagen/id3v22-test.mp3": "cut within its last frame",
-    "mutagen/vbri.mp3": "cut within its last frame",
-    "mutagen/xing.mp3": "cut within its last frame",
-    "scipy/test-44100Hz-le-1ch-4bytes-early-eof.wav": "236 of 4,410 frames",
-}
-# Kinds of refusal that say nothing about the decoders: the samples are there, but are no speech.
-SENSELESS = ("rejected empty", "rejected sample rate", "rejected out of range")
-# Both decoders read these, to different ends; ours is FFmpeg's, as the others are of a length that was estimated from
-# the size of the file, tags included, or ended at the number in a header that is wrong.
-FFMPEG_IS_RIGHT = {
-    "flac_test_files/05 - wrong total number of samples.flac",
-    "mutagen/97-unknown-23-update.mp3",
-    "mutagen/audacious-trailing-id32-id31.mp3",
-    "mutagen/bad-TYER-frame.mp3",
-    "mutagen/silence-44-s-v1.mp3",
-    "mutagen/silence-44-s.mp3",
-}
-
-
-def odd_files(speech):
-    lines = (speech / "odd_audio/manifest.jsonl").read_text().splitlines()
-    return {row["audio"]: row for row in map(json.loads, lines)}
-
-
-def read_table():
-    lines = Path(__file__).with_name("odd_audio.tsv").read_text().splitlines()
-    return dict(line.split("\t") for line in lines)
-
-
-@pytest.mark.speech
-def test_odd_files_end_as_the_table_says(speech, tmp_path):
-    table, paths = read_table(), {name: speech / "odd_audio" / name for name in odd_files(speech)}
-
-    outcomes, peak_bytes = decode_files(tmp_path, paths.values())
-
-    assert peak_bytes < 2**30
-    assert sorted(table) == sorted(paths)
-    for name, path in paths.items():
-        first, second = outcomes[str(path)]
-        kind, value = table[name].split(" ", 1)
-        if kind == "decoded":
-            assert isinstance(first, float), f"{name}: {first}: {second}"
-            # PyAV's versions may differ in the padding of lossy codecs.
-            assert first == pytest.approx(float(value), abs=0.01), name
-        else:
-            assert first == value, f"{name}: {first} {second}"
-
-
-@pytest.mark.speech
-def test_odd_files_end_as_two_other_programs_read_them(speech):
-    table = read_table()
-    for name, row in odd_files(speech).items():
-        lengths = {
-            reader: row[reader]["duration"]
-            for reader in ("libsndfile", "ffmpeg")
-            if "error" not in row[reader] and row[reader]["duration"] is not None
-        }
-        outcome = table[name]
-        if name in REFUSED or outcome.startswith(SENSELESS):
-            assert outcome.startswith("rejected"), name
-            assert lengths, f"{name} is read by neither: no reason to list it"
-        elif not lengths:
-            assert outcome.startswith("rejected "), name
-        else:
-            expected = {"ffmpeg"} if name in FFMPEG_IS_RIGHT else set(lengths)
-            for reader in expected:
-                assert outcome.startswith("decoded "), name
-                assert float(outcome.split()[1]) == pytest.approx(lengths[reader], abs=0.01), f"{name}: {reader}"
 
 
 @pytest.mark.speech
@@ -503,12 +403,3 @@ def test_a_flac_that_only_ffmpeg_reads_is_checked_against_its_header_too(speech)
         flipped[position] ^= 4
         with pytest.raises(AudioError, match="^(damaged|truncated): "):
             decode_bytes(bytes(flipped))
-
-
-@pytest.mark.speech
-def test_every_recorded_file_is_decoded_to_the_length_of_its_manifest(speech):
-    for folder in ("longform", "samples_en", "samples_multilingual"):
-        for line in (speech / folder / "manifest.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            path = next(p for p in (speech / folder / row["audio"], speech / row["audio"]) if p.is_file())
-            assert len(decode(path)) / 16_000 == pytest.approx(row["duration"], abs=0.05), row["audio"]

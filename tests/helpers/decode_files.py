@@ -1,4 +1,4 @@
-"""A program: decode audio files one after the other, whatever they are.
+"""Decode audio files one after the other, whatever they are, as a program or in a process of one's own.
 
     python tests/helpers/decode_files.py PATHS ANSWER
 
@@ -8,8 +8,11 @@ PATHS is a JSON list; ANSWER gets ``{"outcomes", "peak_bytes"}``: for each path 
 
 import hashlib
 import json
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,23 @@ import numpy as np
 from shards.audio import open_recording, stream
 from shards.errors import AudioError
 from shards.schema import Recording
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def decode_in_fresh_process(folder: Path, paths: Iterable[Path]) -> tuple[dict[str, list[float | str]], int]:
+    """Outcomes and peak memory of a process that decodes these files; a crash or hang of it fails the test."""
+    (folder / "paths.json").write_text(json.dumps([str(path) for path in paths]))
+    subprocess.run(
+        [sys.executable, __file__, folder / "paths.json", folder / "answer.json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,  # libmpg123's own messages
+        timeout=600,
+        check=True,
+    )
+    answer = json.loads((folder / "answer.json").read_text())
+    return answer["outcomes"], answer["peak_bytes"]
 
 
 def decode_file(path: str) -> list[float | str]:
