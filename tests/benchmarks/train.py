@@ -79,17 +79,15 @@ EIGHT_BITS = ("int8", "int8_dynamic")
 ABLATED, SHORT = "w4a8", 300
 """Format and steps of an ablation."""
 LITTLE = "train.sources=[an4, digits]"
-HIDDEN = "train.hidden_weight=1"
 VARIANTS = {
     "AN4 and digits": [LITTLE],
-    "with hidden states": [LITTLE, HIDDEN],
-    "with two altered copies of each": [LITTLE, "train.augment.copies=2"],
-    "other speech instead of copies": ["train.sources={others}"],
+    "and two altered copies of each": [LITTLE, "train.augment.copies=2"],
+    "and other speech instead": ["train.sources={others}"],
     "and splices (qad)": [],
-    "qad with hidden states": [HIDDEN],
+    "and hidden states": ["train.hidden_weight=1"],
     "released": ["train.preset=released", "train.keep=last"],
 }
-"""The last three have all the data."""
+"""Each adds to the one before, but for the last, which has all the data."""
 PACKED, LABELLED = "packed", "labelled"
 TEACHER, PTQ = "teacher", "PTQ"
 KL_ONLY = ("no_text", "runaway", "loop", "rate", "script")
