@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qad_dist.distill.checkpoint import Checkpoints, TrainingState
+from qad_dist.distill.checkpoint import Checkpoints, TrainingState, save_best
 from tests.helpers.states import PlainEngine
 
 
@@ -43,6 +43,10 @@ def save_steps(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
         checkpoints.save(engine_of(step), state_at(step))  # type: ignore[arg-type]
     checkpoints.settle(wait=True)
+
+
+def save_best_of(folder: Path, step: int) -> None:
+    save_best(folder / "best", {"layers.0.weight": torch.full((2,), float(step))}, step=step, kl_per_token=0.25)
 
 
 def load(checkpoints: Checkpoints, path: Path, *, engine: PlainEngine | None = None, **changes: Any) -> TrainingState:

@@ -20,7 +20,7 @@ from qad_dist.distill.checkpoint import STATE, Checkpoints, load_best, save_best
 from shards import faults
 from shards.errors import CheckpointError, ShardError, StageError
 from shards.storage import write_manifest
-from tests.helpers.checkpoints import engine_of, load, names, save_steps, state_at, value_of
+from tests.helpers.checkpoints import engine_of, load, names, save_best_of, save_steps, state_at, value_of
 from tests.helpers.states import PlainEngine
 
 PART = "rank-000.safetensors"
@@ -306,7 +306,7 @@ def test_tensors_are_found_in_the_files_of_any_number_of_ranks(tmp_path: Path) -
 
 def test_best_weights_come_back_and_replace_the_former_best(tmp_path: Path) -> None:
     for step in (0, 20):
-        save_best(tmp_path / "best", {"layers.0.weight": torch.full((2,), float(step))}, step=step, kl_per_token=0.25)
+        save_best_of(tmp_path, step)
 
     weights = load_best(tmp_path / "best")
 

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
-from qad_dist.distill.checkpoint import Checkpoints, save_best
+from qad_dist.distill.checkpoint import Checkpoints
 from shards.errors import CheckpointError
-from tests.helpers.checkpoints import load, names, save_steps, state_at
+from tests.helpers.checkpoints import load, names, save_best_of, save_steps, state_at
 
 
 def test_pruning_leaves_the_newest(tmp_path: Path) -> None:
@@ -37,10 +36,6 @@ def test_checkpoint_that_was_resumed_from_is_known_by_any_of_its_names(tmp_path:
     save_steps(resumed, 40, 60)
 
     assert names(tmp_path / "run") == ["step-000020", "step-000060"]
-
-
-def save_best_of(folder: Path, step: int) -> None:
-    save_best(folder / "best", {"layers.0.weight": torch.full((2,), float(step))}, step=step, kl_per_token=0.25)
 
 
 def test_checkpoints_after_the_one_that_training_is_sent_back_to_are_forgotten(tmp_path: Path) -> None:
