@@ -4,8 +4,9 @@ Rates are never averaged: counts are added over utterances, and one division com
 of 10 make 1 / 11 = 0.09 for the set, not the 0.50 that a mean of the two utterances would say.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import jiwer
 
@@ -59,10 +60,14 @@ def count_errors(reference: str, hypothesis: str, *, language: str | None) -> Er
         hypothesis: What a model wrote, as written; may be empty.
         language: Language of the reference, never the one that the model detected; decides words or characters.
     """
-    reference_tokens, hypothesis_tokens = tokens(reference, language), tokens(hypothesis, language)
+    return count_token_errors(tokens(reference, language), tokens(hypothesis, language))
+
+
+def count_token_errors(reference_tokens: Sequence[str], hypothesis_tokens: Sequence[str]) -> ErrorCounts:
+    """Errors between tokens that are ready to be compared; none holds white space or is empty."""
     if not reference_tokens:
         return ErrorCounts(insertions=len(hypothesis_tokens))
-    # Tokens hold no white space, so that joined by single spaces jiwer splits them exactly as they are here.
+    # Joined by single spaces, so that jiwer splits them exactly as they are here.
     aligned = jiwer.process_words(" ".join(reference_tokens), " ".join(hypothesis_tokens))
     return ErrorCounts(
         substitutions=aligned.substitutions,
@@ -70,6 +75,30 @@ def count_errors(reference: str, hypothesis: str, *, language: str | None) -> Er
         insertions=aligned.insertions,
         hits=aligned.hits,
     )
+
+
+def align_tokens(
+    reference_tokens: Sequence[str], hypothesis_tokens: Sequence[str]
+) -> list[tuple[str | None, str | None]]:
+    """Pairs of the cheapest alignment: what :func:`count_errors` counts, one by one.
+
+    Args:
+        reference_tokens: From :func:`qad_dist.text.normalize.tokens`, without white space inside; may be empty.
+        hypothesis_tokens: Likewise.
+
+    Returns:
+        Reference and hypothesis token in the order of both; None as the first: inserted, as the second: deleted.
+    """
+    if not reference_tokens:
+        return [(None, token) for token in hypothesis_tokens]
+    aligned = jiwer.process_words(" ".join(reference_tokens), " ".join(hypothesis_tokens))
+    pairs: list[tuple[str | None, str | None]] = []
+    for chunk in aligned.alignments[0]:
+        # Of an insertion the first is empty, of a deletion the second; otherwise they are equally long.
+        references = reference_tokens[chunk.ref_start_idx : chunk.ref_end_idx]
+        hypotheses = hypothesis_tokens[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        pairs += zip_longest(references, hypotheses)
+    return pairs
 
 
 def corpus(counts: Iterable[ErrorCounts]) -> ErrorCounts:

@@ -1,5 +1,7 @@
 import random
 
+import jiwer
+import kaldialign
 import pytest
 
 from qad_dist.text.wer import ErrorCounts, corpus, count_errors
@@ -74,3 +76,36 @@ def test_errors_equal_levenshtein_distance_on_random_words(language: str) -> Non
         assert counts.errors == edit_distance(reference, hypothesis)
         assert counts.reference_length == len(reference)
         assert counts.hits + counts.substitutions + counts.insertions == len(hypothesis)
+
+
+# Few different words, so that many alignments are equally cheap; also texts of very unequal length.
+@pytest.mark.parametrize(("language", "alphabet"), [("English", "ab"), ("English", "abcdefgh"), ("Chinese", "今天气")])
+def test_errors_equal_those_of_jiwer_and_kaldialign_on_random_texts(language: str, alphabet: str) -> None:
+    generator = random.Random(7)
+    total, references, hypotheses = ErrorCounts(), [], []
+
+    for _ in range(500):
+        reference = generator.choices(alphabet, k=generator.randint(1, 30))
+        hypothesis = generator.choices(alphabet, k=generator.randint(0, 30))
+        counts = count_errors(" ".join(reference), " ".join(hypothesis), language=language)
+        assert counts.errors == kaldialign.edit_distance(reference, hypothesis)["total"]
+        # Of equally cheap alignments libraries take different ones, but all insert as many more than they delete.
+        assert counts.insertions - counts.deletions == len(hypothesis) - len(reference)
+        total, references, hypotheses = total + counts, [*references, reference], [*hypotheses, hypothesis]
+
+    theirs = jiwer.process_words([" ".join(words) for words in references], [" ".join(words) for words in hypotheses])
+    assert (total.substitutions, total.deletions, total.insertions, total.hits) == (
+        theirs.substitutions,
+        theirs.deletions,
+        theirs.insertions,
+        theirs.hits,
+    )
+    assert total.rate == theirs.wer
+    assert total.rate == kaldialign.batch_error_rate(references, hypotheses)["err_rate"]
+
+
+@pytest.mark.parametrize("language", ["English", "Japanese"])
+def test_errors_against_an_empty_reference_are_those_of_kaldialign(language: str) -> None:
+    counts = count_errors("", "a b c", language=language)
+
+    assert counts.errors == kaldialign.edit_distance([], ["a", "b", "c"])["total"] == 3
