@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qad_dist.formats import FormatName
-from qad_dist.text.bootstrap import FEW_CLUSTERS, Interval, Resampled, resample
+from qad_dist.text.bootstrap import FEW_CLUSTERS, Interval, Resampled, resample, speaker_clusters
 from qad_dist.text.normalize import unit
 from shards.pictures import number_text
 
@@ -204,7 +204,7 @@ def describe_gap(distances: Distances, words: Words, *, format: FormatName) -> G
             f"{len(places.keys() & set(distances.keys))} of them alike; measure both on one set"
         )
     order_U = np.array([places[key] for key in distances.keys], np.int64)
-    clusters_U = _clusters([words.speakers[place] for place in order_U.tolist()])
+    clusters_U = speaker_clusters([words.speakers[place] for place in order_U.tolist()])
     if not (num_tokens := int(distances.tokens_U.sum())):
         raise ValueError("distances must be over response tokens, got none; measure utterances that can be read")
     resampled = _resampled([distances.kl_U], distances.tokens_U, clusters_U)
@@ -234,7 +234,7 @@ def _word_gap(words: Words) -> WordGap | None:
     tokens_U = words.reference_tokens_U[chosen]
     if not (num_tokens := int(tokens_U.sum())):
         return None
-    clusters_U = _clusters([words.speakers[place] for place in chosen.tolist()])
+    clusters_U = speaker_clusters([words.speakers[place] for place in chosen.tolist()])
     resampled = _resampled(errors_SU, tokens_U, clusters_U)
     student_rate, teacher_rate = (float(errors_U.sum() / num_tokens) for errors_U in errors_SU)
     units = {unit(words.languages[place]) for place in chosen.tolist()}
@@ -286,9 +286,3 @@ def _resampled(
 
 def _ends(interval: Interval) -> tuple[float, float]:
     return interval.low, interval.high
-
-
-def _clusters(speakers: Sequence[str | None]) -> list[str] | None:
-    """A name for each utterance, the same for those of one speaker; None where there is but one, or one each."""
-    names = [f"utterance {place}" if name is None else f"speaker {name}" for place, name in enumerate(speakers)]
-    return names if 1 < len(set(names)) < len(names) else None

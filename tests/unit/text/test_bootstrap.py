@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qad_dist.text.bootstrap import Interval, Resampled, resample
+from qad_dist.text.bootstrap import Interval, Resampled, resample, speaker_clusters
 
 
 def scored(num_utterances: int, *, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +127,50 @@ def test_intervals_agree_with_the_closed_forms_for_large_sets() -> None:
     assert (rate.low, rate.high) == pytest.approx((rates[0] - rate_reach, rates[0] + rate_reach), abs=0.06 * rate_reach)
     assert difference.high - difference.low == pytest.approx(2 * difference_reach, rel=0.03)
     assert math.log(ratio.high / ratio.low) == pytest.approx(2 * ratio_reach, rel=0.03)
+
+
+def test_standard_error_is_that_of_a_ratio_of_sums() -> None:
+    errors, words = scored(3000)
+    rates = errors.sum(1) / words.sum()
+    residuals = (errors - rates[:, None] * words) / words.mean()  # delta method
+
+    resampled = resample(errors, words, seed=2)
+
+    # 10,000 resamples know it to 0.7 %.
+    assert resampled.standard_error(0, 1) == pytest.approx((residuals[0] - residuals[1]).std() / 3000**0.5, rel=0.03)
+
+
+def test_recovered_share_is_a_ratio_of_differences_of_the_same_draws() -> None:
+    errors, words = scored(100, seed=1)
+    errors = np.stack([errors[1], errors[1] + words, errors[1] + errors[0]])
+    best, lost, regained = rates_one_by_one(errors, words, seed=5, num_resamples=999)
+    shares = sorted((b - c) / (b - a) for a, b, c in zip(best, lost, regained, strict=True))
+
+    share = resample(errors, words, seed=5, num_resamples=999).recovered(best=0, lost=1, regained=2)
+
+    assert share is not None
+    assert (share.low, share.high) == pytest.approx((shares[24], shares[-25]), abs=1e-9)
+    assert share.value == pytest.approx(1 - errors[2].sum() / words.sum() + errors[0].sum() / words.sum())
+
+
+def test_no_share_of_no_loss_is_recovered() -> None:
+    resampled = resample([[1, 2, 0], [1, 2, 0], [2, 2, 0]], [5, 5, 5], seed=0)
+
+    assert resampled.recovered(best=0, lost=1, regained=2) is None
+    assert resampled.recovered(best=2, lost=1, regained=0) is None
+    # In 8 of 27 draws nothing is lost.
+    assert resampled.recovered(best=0, lost=2, regained=1) == Interval(low=-math.inf, value=1, high=math.inf)
+
+
+def test_utterances_without_a_speaker_are_drawn_by_themselves() -> None:
+    names = speaker_clusters(["a", None, "a", "1", None])
+
+    assert names == ["speaker a", "utterance 1", "speaker a", "speaker 1", "utterance 4"]
+
+
+@pytest.mark.parametrize("speakers", [["a", "a"], ["a", "b"], [None, None], ["a", None], ["a"], []])
+def test_speakers_are_not_drawn_where_there_is_one_or_one_each(speakers: list[str | None]) -> None:
+    assert speaker_clusters(speakers) is None
 
 
 def test_equal_hardness_cancels_in_a_difference() -> None:
