@@ -7,7 +7,8 @@ import torch
 from qad_dist.asr.load import AsrModel, load_model, load_teacher, resolve_model_folder
 from qad_dist.config import RunConfig
 from qad_dist.pairing import check_same_vocabulary, load_student, share_frozen_parts
-from qad_dist.quant.state import Quantization, fold_weights
+from qad_dist.quant.folded import fold_for_decoding
+from qad_dist.quant.state import Quantization
 from qad_dist.runtime.record import STUDENT
 from qad_dist.runtime.world import World, device_for
 
@@ -47,7 +48,7 @@ def load_models(run: RunConfig, world: World) -> Models:
     decoding = None
     if run.train.decode_utterances:
         decoding, _ = load_student(run, folder, device)
-        fold_weights(decoding.model)
+        fold_for_decoding(decoding.decoder.layers)
         share_frozen_parts(student, decoding)
     if run.train.teacher == "cached":
         teacher.decoder.layers = torch.nn.ModuleList()

@@ -80,7 +80,7 @@ class _FakeQuant(torch.autograd.Function):
     ) -> Tensor:
         if not pass_through:
             ctx.save_for_backward(values, amax)
-        return _round_to_grid(values, amax.float(), num_bits=num_bits, narrow_range=narrow_range)
+        return round_to_grid(values, amax.float(), num_bits=num_bits, narrow_range=narrow_range)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -91,7 +91,8 @@ class _FakeQuant(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _round_to_grid(values: Tensor, amax: Tensor, *, num_bits: int, narrow_range: bool) -> Tensor:
+def round_to_grid(values: Tensor, amax: Tensor, *, num_bits: int, narrow_range: bool) -> Tensor:
+    """As :func:`fake_quant`, without a gradient; ``amax`` in float32."""
     highest = 2.0 ** (num_bits - 1) - 1
     lowest = -highest if narrow_range else -highest - 1
     # A tensor above the line: torch computes `number / tensor` as number * (1 / tensor), which rounds twice. Filled on

@@ -17,9 +17,10 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt.torch.quantization.utils import iter_shared_quant_states
 from torch import Tensor, nn
 
+from qad_dist.quant.replace import replace_linears
+from qad_dist.quant.scales import is_per_token
 from shards.errors import ModelError
 
 SILENT_AMAX = 2.0**-24
@@ -139,17 +140,8 @@ def use_int8(model: nn.Module) -> int:
     found = [name for name, module in model.named_modules() if name and _has_quantized_weight(module)]
     for name in found:
         check_int8(model.get_submodule(name), name=name)
-    _release(model, {id(model.get_submodule(name)) for name in found})
-    for name in found:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, Int8Linear.from_quantized(model.get_submodule(name), name=name))
+    replace_linears(model, found, lambda name, linear: Int8Linear.from_quantized(linear, name=name))
     return len(found)
-
-
-def _release(model: nn.Module, linears: set[int]) -> None:
-    """Let ModelOpt's groups of Linears with the same input, out of sight of ``modules``, not hold on to these."""
-    for state in iter_shared_quant_states(model):
-        state.set_members(state._parent, [member for member in state.members if id(member) not in linears])
 
 
 def check_int8(linear: Any, *, name: str) -> None:
@@ -169,7 +161,7 @@ def check_int8(linear: Any, *, name: str) -> None:
         is_weight = part == "weight_quantizer"
         if is_weight or not quantizer._dynamic:
             _check_static(quantizer, where, num_channels=linear.weight.shape[0] if is_weight else None)
-        elif not _is_per_token(quantizer):
+        elif not is_per_token(quantizer):
             axes = f"axis {quantizer.axis}, block_sizes {quantizer.block_sizes}"
             raise ModelError(f"{where} must have one dynamic scale per token, got {axes}; use axis (-3, -2)")
     output = getattr(linear, "output_quantizer", None)
@@ -209,18 +201,6 @@ def _check_static(quantizer: Any, where: str, *, num_channels: int | None) -> No
     if amax is None or amax.numel() != expected or not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
         found = "none" if amax is None else f"{amax.numel()} from {float(amax.min())} to {float(amax.max())}"
         raise ModelError(f"{where} must have {expected} finite amax, got {found}; calibrate with more utterances")
-
-
-def _is_per_token(quantizer: Any) -> bool:
-    """Whether only values along the last dimension share a scale.
-
-    Axes are those that do not share. ModelOpt makes them of block sizes when it sees the first input, counted from the
-    front, and then reads an input of other dimensions otherwise; counted from the back they fit 2 and 3 dimensions.
-    """
-    if quantizer.block_sizes is not None:
-        return {key: size for key, size in quantizer.block_sizes.items() if isinstance(key, int)} == {-1: None}
-    axis = quantizer.axis
-    return isinstance(axis, tuple) and axis in (tuple(range(len(axis))), tuple(range(-1 - len(axis), -1)))
 
 
 def code_factor(amax: Tensor) -> Tensor:

@@ -230,7 +230,8 @@ def fold_from(folded: nn.ModuleList, trained: nn.ModuleList, weights: Mapping[st
     """Put weights into a copy that decodes, to the last bit as :func:`fold_weights` of a student that has them.
 
     Args:
-        folded: Layers of a second copy of the student, behind :func:`fold_weights`: it has no weight quantizers left.
+        folded: Layers of a second copy of the student, behind :func:`fold_weights` or
+            :func:`~qad_dist.quant.folded.fold_for_decoding`: it has no weight quantizers left.
         trained: Layers of the student, on the same device. Only its quantizers are read: of its weights a rank may hold
             a part.
         weights: Whole weights by their names below the layers, ``0.self_attn.q_proj.weight``; on any device, of any
