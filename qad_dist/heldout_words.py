@@ -3,7 +3,6 @@
 Dimension key: U utterances, M mel bins, F frames.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from qad_dist.asr.dataset import OnDamaged, languages_of, refuse, try_mels_ahead
+from qad_dist.asr.groups import GroupDecoder, plan_groups
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.prompt import Prompt
-from qad_dist.asr.transcribe import Decoder, Request, response_limit, slot_length
 from qad_dist.config import RunConfig
 from qad_dist.config.label import LabelConfig
 from qad_dist.runtime.collectives import all_gather_objects
@@ -23,7 +22,6 @@ from qad_dist.text.wer import count_errors
 from shards.errors import ShardError
 from shards.index import UNKNOWN_LANGUAGE
 from shards.labelled import LabelledTable, LabelledUtterance
-from shards.plan import plan_decoding
 from shards.read import Damaged
 from shards.workers import Reader
 
@@ -143,24 +141,20 @@ def _decode(
 ) -> Iterator[tuple[int, str]]:
     """Place and text of this rank's utterances, as they end."""
     durations_U = rows.utterances.numbers("duration_seconds")
-    groups = _groups(durations_U, settings)
+    groups = plan_groups(durations_U, settings, num_groups=NUM_GROUPS, smallest=SMALLEST_GROUP)
     own = groups[world.rank :: world.world_size]
     if not own:
         return
     names, codes_U = rows.responses.names, rows.responses.prompt_languages
     languages = [names[code] for code in codes_U]
-    limits = [_limit(settings, duration) for duration in durations_U.tolist()]
-    length = slot_length(student.prompt, durations_U.tolist(), limits, languages)
-    decoder = Decoder(student, slots=max(map(len, groups)), max_length=length)
-    planned = [_batches(group, durations_U, settings) for group in own]
-    wanted = ([rows.utterances[place] for place in batch] for batches in planned for batch in batches)
+    slots = max(sum(map(len, group)) for group in groups)
+    decoder = GroupDecoder(student, settings, durations_U, languages, slots=slots)
+    wanted = ([rows.utterances[place] for place in batch] for group in own for batch in group)
     loaded = try_mels_ahead(reader, wanted, student.extractor)
-    for batches in planned:
-        readable = [_readable(batch, next(loaded), on_damaged) for batch in batches]
-        places = [place for batch in readable for place, _ in batch]
-        requests = [[Request(mel_MF, limits[place], languages[place]) for place, mel_MF in b] for b in readable]
-        for number, hypothesis in decoder.decode(requests):
-            yield places[number], hypothesis.text
+    for group in own:
+        readable = [_readable(batch, next(loaded), on_damaged) for batch in group]
+        for place, hypothesis in decoder.decode(readable):
+            yield place, hypothesis.text
 
 
 def _readable(
@@ -174,24 +168,3 @@ def _readable(
         else:
             readable.append((place, mel_MF))
     return readable
-
-
-def _groups(durations_U: npt.NDArray[np.float64], settings: LabelConfig) -> list[list[int]]:
-    """What is decoded together, longest utterances first."""
-    order = np.argsort(-durations_U, kind="stable").tolist()
-    size = min(settings.slots, max(SMALLEST_GROUP, math.ceil(len(order) / NUM_GROUPS)))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _batches(group: Sequence[int], durations_U: npt.NDArray[np.float64], settings: LabelConfig) -> list[list[int]]:
-    """The utterances of a group whose prompts go through the model together."""
-    planned = plan_decoding(durations_U[group], batch_audio_seconds=settings.batch_audio_seconds)
-    return [[group[place] for place in batch] for batch in planned]
-
-
-def _limit(settings: LabelConfig, duration_seconds: float) -> int:
-    return response_limit(
-        duration_seconds,
-        max_response_tokens=settings.max_response_tokens,
-        max_tokens_per_second=settings.max_tokens_per_second,
-    )

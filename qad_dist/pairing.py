@@ -76,22 +76,20 @@ def share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
     Raises:
         ModelError: Something differs: the student was made from another model.
     """
+    if differing := _frozen_difference(teacher, student):
+        part, name = differing
+        raise ModelError(f"teacher and student must share their {part}, got other values of {name}; run quantize again")
     theirs, ours = student.model.thinker, teacher.model.thinker
-    parts = {
-        "audio tower": (ours.audio_tower, theirs.audio_tower),
-        "embeddings": (ours.model.embed_tokens, theirs.model.embed_tokens),
-        "final norm": (ours.model.norm, theirs.model.norm),
-        "LM head": (ours.lm_head, theirs.lm_head),
-    }
-    for part, (kept, dropped) in parts.items():
-        weights = dict(dropped.named_parameters())
-        for name, weight in kept.named_parameters():
-            if not torch.equal(weight, weights[name]):
-                raise ModelError(
-                    f"teacher and student must share their {part}, got other values of {name}; run quantize again"
-                )
     theirs.audio_tower, theirs.lm_head = ours.audio_tower, ours.lm_head
     theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
+
+
+def share_if_equal(teacher: AsrModel, system: AsrModel) -> bool:
+    """As :func:`share_frozen_parts` where everything frozen is equal; otherwise nothing is done, and False."""
+    if _frozen_difference(teacher, system):
+        return False
+    share_frozen_parts(teacher, system)
+    return True
 
 
 def check_same_vocabulary(teacher: AsrModel, student: AsrModel) -> None:
@@ -100,6 +98,16 @@ def check_same_vocabulary(teacher: AsrModel, student: AsrModel) -> None:
     Raises:
         ModelError: Its vocabulary, prompt or audio features are others.
     """
+    if differing := vocabulary_difference(teacher, student):
+        what, shown = differing
+        raise ModelError(
+            f"train.teacher_model must have the {what} of model.path, got {shown} in {teacher.folder}; "
+            "name a teacher of the same family"
+        )
+
+
+def vocabulary_difference(teacher: AsrModel, student: AsrModel) -> tuple[str, str] | None:
+    """What keeps the distributions of two models from being compared token by token, and what the teacher's is."""
     ours, theirs = teacher.processor, student.processor
     for what, found, wanted in (
         ("size of the vocabulary", len(teacher.head_weight_VD), len(student.head_weight_VD)),
@@ -109,10 +117,25 @@ def check_same_vocabulary(teacher: AsrModel, student: AsrModel) -> None:
     ):
         if found != wanted:
             shown = f"{found} for {wanted}" if isinstance(found, int) else "another one"
-            raise ModelError(
-                f"train.teacher_model must have the {what} of model.path, got {shown} in {teacher.folder}; "
-                "name a teacher of the same family"
-            )
+            return what, shown
+    return None
+
+
+def _frozen_difference(teacher: AsrModel, student: AsrModel) -> tuple[str, str] | None:
+    """Part and name of the first frozen weight that differs."""
+    theirs, ours = student.model.thinker, teacher.model.thinker
+    parts = {
+        "audio tower": (ours.audio_tower, theirs.audio_tower),
+        "embeddings": (ours.model.embed_tokens, theirs.model.embed_tokens),
+        "final norm": (ours.model.norm, theirs.model.norm),
+        "LM head": (ours.lm_head, theirs.lm_head),
+    }
+    for part, (ours_of_it, theirs_of_it) in parts.items():
+        weights = dict(theirs_of_it.named_parameters())
+        for name, weight in ours_of_it.named_parameters():
+            if name not in weights or not torch.equal(weight, weights[name]):
+                return part, name
+    return None
 
 
 def join_models(

@@ -13,9 +13,10 @@ import torch
 
 from qad_dist.asr.checkpoint import load_processor
 from qad_dist.asr.dataset import try_mels_ahead
+from qad_dist.asr.groups import utterance_limit
 from qad_dist.asr.load import AsrModel, load_teacher, resolve_model_folder
 from qad_dist.asr.prompt import Prompt
-from qad_dist.asr.transcribe import Decoder, Hypothesis, Request, response_limit, slot_length
+from qad_dist.asr.transcribe import Decoder, Hypothesis, Request, slot_length
 from qad_dist.asr.vllm import AudioRequest, VllmTeacher, open_teacher, transcribe_with_vllm
 from qad_dist.asr.vllm_server import gpu_name
 from qad_dist.config import RunConfig
@@ -155,7 +156,7 @@ class _Readable:
 
     def __init__(self, utterances: Sequence[Utterance], languages: Sequence[str | None], settings: LabelConfig) -> None:
         self._utterances, self.languages = utterances, languages
-        self.limits = [_limit(settings, utterance.duration_seconds) for utterance in utterances]
+        self.limits = [utterance_limit(settings, utterance.duration_seconds) for utterance in utterances]
         self._plan = plan_decoding(
             [utterance.duration_seconds for utterance in utterances],
             batch_audio_seconds=settings.batch_audio_seconds,
@@ -196,18 +197,10 @@ class _Readable:
         return ShardLabels(labels=labels, hidden_TD=bits, damaged=damaged)
 
 
-def _limit(settings: LabelConfig, duration_seconds: float) -> int:
-    return response_limit(
-        duration_seconds,
-        max_response_tokens=settings.max_response_tokens,
-        max_tokens_per_second=settings.max_tokens_per_second,
-    )
-
-
 def _max_length(prompt: Prompt, settings: LabelConfig, longest_seconds: float) -> int:
     """Most tokens of a prompt and its response, whichever language is told."""
     names = [None, *LANGUAGES]
-    limits = [_limit(settings, longest_seconds)] * len(names)
+    limits = [utterance_limit(settings, longest_seconds)] * len(names)
     return slot_length(prompt, [longest_seconds] * len(names), limits, names)
 
 

@@ -4,26 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from qad_dist.config.section import Section, Split
+from qad_dist.config.section import Section, SourceKind, Split
 from shards.errors import ConfigError
-
-SourceKind = Literal[
-    "auto",
-    "folder",
-    "qwen",
-    "nemo",
-    "lhotse",
-    "kaldi",
-    "librispeech",
-    "vivos",
-    "common_voice",
-    "fleurs",
-    "parquet",
-    "nemo_tarred",
-    "lhotse_shar",
-    "webdataset",
-]
-"""``auto``, and the modules of :mod:`shards.sources`."""
 
 
 class PackConfig(Section):

@@ -3,10 +3,8 @@
 import re
 import sys
 
-from pydantic.fields import FieldInfo
-
 from qad_dist.config.run import RunConfig
-from qad_dist.config.section import Section
+from qad_dist.config.section import Section, entry_of, section_of
 
 README = """\
 # Settings
@@ -37,23 +35,20 @@ def settings_table() -> str:
     """All settings as Markdown: name, type, default, meaning; the body of ``configs/README.md``."""
     lines: list[str] = []
     for name, field in RunConfig.model_fields.items():
-        if (section := _section_of(field)) is not None:
+        if (section := section_of(field)) is not None:
             lines += _table(section, name)
     return "\n".join(["## The run", "", *_rows(RunConfig, ""), *lines, ""])
 
 
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
 def _table(section: type[Section], name: str) -> list[str]:
-    """A section, and behind it the one inside it."""
+    """A section, and behind it those inside it; the entries of a dict have whatever ``<name>`` the user gives them."""
     doc = _first_line(section.__doc__).replace("``", "`")
     lines = ["", f"## `{name}:`", "", doc, "", *_rows(section, f"{name}.")]
     for inner, field in section.model_fields.items():
-        if "." not in name and (nested := _section_of(field)) is not None:
+        if "." not in name and (nested := section_of(field)) is not None:
             lines += _table(nested, f"{name}.{inner}")
+        elif (entry := entry_of(field)) is not None:
+            lines += _table(entry, f"{name}.{inner}.<name>")
     return lines
 
 
@@ -64,7 +59,7 @@ def _rows(section: type[Section], prefix: str) -> list[str]:
 def _settings(section: type[Section], prefix: str) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
-        if (nested := _section_of(field)) is not None:
+        if (nested := section_of(field)) is not None:
             if prefix.count(".") == 2:  # sections in a section of a section have no table of their own
                 rows += [f"| **`{prefix}{name}`** | | | {field.description} |", *_settings(nested, f"{prefix}{name}.")]
             continue
@@ -74,6 +69,8 @@ def _settings(section: type[Section], prefix: str) -> list[str]:
         text = re.sub(r"Optional\[(.*)\]", r"\1 or None", text)
         text = re.sub(r"^Union\[(.*)\]$", r"\1", text)
         text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices.group(1).replace("'", "`"), text)
+        if entry_of(field) is not None:
+            text = "dict[str, section]"
         default = "required" if field.is_required() else f"`{field.default!r}`"
         limits = ", ".join(str(rule) for rule in field.metadata)
         limits = re.sub(r"(Ge|Gt|Le|Lt|MinLen|MaxLen)\(\w+=([^)]*)\)", _limit, limits)

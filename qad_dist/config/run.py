@@ -7,17 +7,18 @@ environment variable; only names that begin with ``QAD_`` are, so that no secret
 
 import difflib
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from qad_dist.config.export import ExportConfig
 from qad_dist.config.label import LabelConfig
 from qad_dist.config.model import ModelConfig
 from qad_dist.config.pack import PackConfig, ReadConfig
 from qad_dist.config.quantize import QuantizeConfig
-from qad_dist.config.score import ExportConfig, ScoreConfig
-from qad_dist.config.section import Section
+from qad_dist.config.score import ScoreConfig
+from qad_dist.config.section import Section, entry_of, section_of
 from qad_dist.config.splice import SpliceConfig
 from qad_dist.config.train import TrainConfig
 from qad_dist.config.values import apply_override, expand, read_values
@@ -105,10 +106,13 @@ def _explain(error: ValidationError, path: Path) -> str:
 
 
 def _known_names(path: list[str]) -> list[str]:
-    section: Any = RunConfig
+    section: type[Section] | None = RunConfig
+    entry: type[Section] | None = None
     for name in path:
-        field = section.model_fields.get(name)
-        section = field.annotation if field else None
-        if not (isinstance(section, type) and issubclass(section, Section)):
+        if entry is not None:  # the name is the user's
+            section, entry = entry, None
+        elif section is None or (field := section.model_fields.get(name)) is None:
             return []
-    return list(section.model_fields)
+        else:
+            section, entry = section_of(field), entry_of(field)
+    return [] if section is None else list(section.model_fields)

@@ -161,6 +161,28 @@ def summed(distances: Distances, *, languages: Mapping[str, str | None] | None =
 
 
 @torch.no_grad()
+def batch_distances(models: TeacherAndStudent, host_batch: Batch, *, chunk_rows: int) -> Distances:
+    """How far the models are from each other on the utterances of one batch; rows without weight do not count.
+
+    Args:
+        models: Teacher and student.
+        host_batch: Moved to their device.
+        chunk_rows: Rows whose logits exist at once.
+    """
+    batch = host_batch.to(models.device)
+    embedded = models.embed(batch)
+    rows = row_metrics(
+        models.student_states(embedded).rows_RD,
+        models.teacher_states(batch, embedded).rows_RD,
+        models.head_VD,
+        batch.targets_R,
+        chunk_rows=chunk_rows,
+        teacher_head_VE=models.teacher_head_VE,
+    )
+    counts_R = ((host_batch.kl_weight_R > 0) | (host_batch.ce_weight_R > 0)).numpy()
+    return Distances.of_rows(host_batch.keys, rows, host_batch.owners().numpy(), counts_R)
+
+
 def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, chunk_rows: int) -> Distances:
     """How far the models are from each other, utterance by utterance; rows without weight do not count.
 
@@ -174,24 +196,14 @@ def compare(models: TeacherAndStudent, batches: Iterable[tuple[int, Batch]], *, 
         ShardError: On every rank, when no row of the set has a weight.
     """
     own: dict[int, Distances] = {}
-    for number, host_batch in batches:
-        batch = host_batch.to(models.device)
-        embedded = models.embed(batch)
-        rows = row_metrics(
-            models.student_states(embedded).rows_RD,
-            models.teacher_states(batch, embedded).rows_RD,
-            models.head_VD,
-            batch.targets_R,
-            chunk_rows=chunk_rows,
-            teacher_head_VE=models.teacher_head_VE,
-        )
+    for number, batch in batches:
+        found = batch_distances(models, batch, chunk_rows=chunk_rows)
         if number >= 0:
-            counts_R = ((host_batch.kl_weight_R > 0) | (host_batch.ce_weight_R > 0)).numpy()
-            own[number] = Distances.of_rows(host_batch.keys, rows, host_batch.owners().numpy(), counts_R)
+            own[number] = found
     # In plan order, whichever rank had them: floating-point sums depend on their order.
-    found = Distances.of_all_ranks(own)
-    if not found.tokens_U.any():
+    everywhere = Distances.of_all_ranks(own)
+    if not everywhere.tokens_U.any():
         error = ShardError("held-out utterances must be readable, got none that is; verify the shards and pack again")
         error.is_shared = True  # every rank has the sums of all
         raise error
-    return found
+    return everywhere

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qad_dist.quant.fake_quant import SILENT_AMAX, round_to_grid
 from qad_dist.quant.replace import replace_linears
-from qad_dist.quant.scales import is_one_scale, is_per_token
+from qad_dist.quant.scales import ScaledModule, is_one_scale, is_per_token
 from qad_dist.quant.state import fold_weights
 
 _BITS = 8
@@ -22,14 +22,18 @@ _BITS = 8
 _HIGHEST = 2.0 ** (_BITS - 1) - 1
 
 
-class FoldedLinear(nn.Module):
+class FoldedLinear(ScaledModule):
     """A Linear whose weight is on its grid, and whose inputs are rounded to signed integers of 8 bits and back.
 
     Not an ``nn.Linear``, so that nobody quantizes it again. Its scales stay float32 when a model is cast.
     """
 
-    amax: Tensor | None
-    """float32 scalar of a static scale; None: each token has its own."""
+    scale_names = ("scale", "factor")
+
+    scale: Tensor | None
+    """float32 scalar: what rounded inputs are divided by; None: each token has its own."""
+    factor: Tensor | None
+    """float32 scalar: what inputs are multiplied by, ``scale`` or, where that is of silence, 0."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, amax: Tensor | None) -> None:
         """Take the weight as it is.
@@ -43,16 +47,19 @@ class FoldedLinear(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-        amax = None if amax is None else amax.detach().float().view(())
-        # As in fake quantization: a tensor divides a tensor, so that it is rounded once.
-        scale = None if amax is None else torch.full_like(amax, _HIGHEST) / amax
+        scale = factor = None
+        if amax is not None:
+            amax = amax.detach().float().view(())
+            # As in fake quantization: a tensor divides a tensor, so that it is rounded once.
+            scale = torch.full_like(amax, _HIGHEST) / amax
+            factor = torch.where(amax <= SILENT_AMAX, 0.0, scale)
         self.register_buffer("scale", scale)
-        self.register_buffer("factor", None if scale is None else torch.where(amax <= SILENT_AMAX, 0.0, scale))
+        self.register_buffer("factor", factor)
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
         """Round ``[..., I]`` and multiply; returns ``[..., O]``. Asks the device for nothing."""
-        if self.scale is None:
+        if self.scale is None or self.factor is None:
             amax = inputs.abs().amax(-1, keepdim=True).float()
             rounded = round_to_grid(inputs, amax, num_bits=_BITS, narrow_range=False)
         else:
@@ -64,15 +71,6 @@ class FoldedLinear(nn.Module):
         """Its sizes, as ``nn.Linear`` shows them."""
         scale = "token" if self.scale is None else "tensor"
         return f"in_features={self.in_features}, out_features={self.out_features}, input_scale={scale}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "FoldedLinear":
-        """As ``to`` and ``bfloat16`` call it. Scales rounded to another dtype would belong to another grid."""
-        scales = {name: getattr(self, name) for name in ("scale", "factor")}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None and getattr(self, name).dtype != scale.dtype:
-                setattr(self, name, scale.to(getattr(self, name).device))
-        return self
 
 
 def fold_for_decoding(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from qad_dist.quant.replace import replace_linears
-from qad_dist.quant.scales import is_per_token
+from qad_dist.quant.scales import ScaledModule, is_per_token
 from shards.errors import ModelError
 
 SILENT_AMAX = 2.0**-24
@@ -28,12 +28,14 @@ SILENT_AMAX = 2.0**-24
 MAX_CODE = 127
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(ScaledModule):
     """A Linear with INT8 weights and inputs that are quantized as they come.
 
     Not an ``nn.Linear``: it has no ``weight``. Its scales stay float32 when a model is cast. With one scale for all
     inputs, NaN does not come through: it has no code.
     """
+
+    scale_names = ("weight_scale_O", "input_scale", "input_factor")
 
     weight_codes_OI: Tensor
     """int8."""
@@ -114,15 +116,6 @@ class Int8Linear(nn.Module):
         scale = "token" if self.input_scale is None else "tensor"
         has_bias = self.bias_O is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, input_scale={scale}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As ``to`` and ``bfloat16`` call it. Scales rounded to another dtype would belong to other codes."""
-        scales = {name: getattr(self, name) for name in ("weight_scale_O", "input_scale", "input_factor")}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None and getattr(self, name).dtype != scale.dtype:
-                setattr(self, name, scale.to(getattr(self, name).device))
-        return self
 
 
 def use_int8(model: nn.Module) -> int:

@@ -1,6 +1,24 @@
-"""What shares a scale in a ModelOpt quantizer: its axes and block sizes say it in several ways."""
+"""Scales of quantizers: what shares one, which ModelOpt says in several ways, and that none is ever cast."""
 
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+
+class ScaledModule(nn.Module):
+    """A module with scales in float32 that stay so when it is cast: rounded, they would belong to other codes."""
+
+    scale_names: ClassVar[tuple[str, ...]]
+    """Of the buffers that are scales; some may be None."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As ``to`` and ``bfloat16`` call it."""
+        scales = {name: getattr(self, name) for name in self.scale_names}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None and getattr(self, name).dtype != scale.dtype:
+                setattr(self, name, scale.to(getattr(self, name).device))
+        return self
 
 
 def is_one_scale(quantizer: Any) -> bool:

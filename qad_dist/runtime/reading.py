@@ -8,13 +8,13 @@ from shards.read import Shards
 from shards.workers import Reader
 
 
-def open_shards(run: RunConfig) -> Shards:
-    """The run's packed shards.
+def open_shards(run: RunConfig, folder: Path | None = None) -> Shards:
+    """The run's packed shards, or those of another packed folder.
 
     Raises:
         ShardError: There is no index.
     """
-    return Shards(run.stage_folder("pack"), cache=open_cache(run))
+    return Shards(folder or run.stage_folder("pack"), cache=open_cache(run))
 
 
 def open_cache(run: RunConfig) -> Cache | None:
@@ -24,9 +24,9 @@ def open_cache(run: RunConfig) -> Cache | None:
     return Cache(folder=Path(run.read.cache), max_bytes=round(run.read.cache_gib * 2**30))
 
 
-def open_reader(run: RunConfig) -> Reader:
-    """A reader of the run's packed shards with this rank's workers, which start when the first utterance is read.
+def open_reader(run: RunConfig, folder: Path | None = None) -> Reader:
+    """A reader of shards as :func:`open_shards` opens them, by this rank's workers, which start with the first read.
 
     To be closed, best by ``with``.
     """
-    return Reader(open_shards(run), workers=run.read.workers)
+    return Reader(open_shards(run, folder), workers=run.read.workers)

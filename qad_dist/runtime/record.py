@@ -28,10 +28,9 @@ READS = {
     "label": ("pack",),
     "quantize": ("pack", "label"),
     "train": ("pack", "label", "quantize"),
-    "score": ("pack", "quantize", "train"),
     "export": ("pack", "train"),
 }
-"""The earlier stages that each stage reads."""
+"""The earlier stages that each stage reads; score reads those that its settings ask for."""
 
 WITHOUT_EFFECT = {
     "pack": {"processes", "max_rejected_share"},
@@ -47,7 +46,7 @@ _MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".pth")
 
 _PACKAGES = (
     *("qad-dist", "torch", "transformers", "qwen-asr", "nvidia-modelopt", "accelerate", "deepspeed"),
-    *("webdataset", "soundfile", "soxr", "jiwer", "numpy", "pyarrow", "pydantic"),
+    *("webdataset", "soundfile", "soxr", "jiwer", "whisper-normalizer", "kaldialign", "numpy", "pyarrow", "pydantic"),
 )
 
 
@@ -67,11 +66,23 @@ def stage_inputs(run: RunConfig, stage: str) -> dict[str, Any]:
     return {**_told_by_config(run, stage), "stages": _earlier(run, stage), "files": _files(run, stage)}
 
 
+def stages_read(run: RunConfig, stage: str) -> tuple[str, ...]:
+    """The earlier stages whose folders a stage reads."""
+    if stage != "score":
+        return READS[stage]
+    wanted = {
+        "pack": bool(run.score.splits),
+        "quantize": "ptq" in run.score.students,
+        "train": "qad" in run.score.students,
+    }
+    return tuple(name for name, is_read in wanted.items() if is_read)
+
+
 def is_finished(run: RunConfig, stage: str) -> bool:
     """Whether the stage's record is there and was made from what the stage would read today."""
     if not (run.stage_folder(stage) / DONE).is_file():
         return False
-    if not all(is_finished(run, earlier) for earlier in READS[stage]):
+    if not all(is_finished(run, earlier) for earlier in stages_read(run, stage)):
         return False
     return read_json(run.stage_folder(stage) / DONE)["fingerprint"] == fingerprint(stage_inputs(run, stage))
 
@@ -173,7 +184,7 @@ def _told_by_config(run: RunConfig, stage: str) -> dict[str, Any]:
 
 def _earlier(run: RunConfig, stage: str) -> dict[str, str]:
     records = {}
-    for earlier in READS[stage]:
+    for earlier in stages_read(run, stage):
         path = run.stage_folder(earlier) / DONE
         if not path.is_file():
             raise StageError(f"{path} must exist, got no such file; run `{stage_command(earlier)}` first")
@@ -195,7 +206,14 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
     if stage == "train":
         paths += [path for path in (run.train.deepspeed, run.train.teacher_model) if path is not None]
     if stage == "score":
+        from shards.index import INDEX  # it takes its time, and programs that only tell their options come by here
+
         paths += run.score.systems.values()
+        # The shards of each set, where they are packed or were packed to: the stage itself looks at their inputs.
+        folders = {name: run.stage_folder("score") / "sets" / name for name in run.score.sets}
+        places = {one.path: (Path(one.path) / INDEX, folders[name] / INDEX) for name, one in run.score.sets.items()}
+        sets = {path: "".join(_contents(place) for place in both) for path, both in places.items()}
+        return {**sets, **{path: _contents(Path(path)) for path in paths}}
     return {path: _contents(Path(path)) for path in paths}
 
 

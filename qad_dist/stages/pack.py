@@ -1,10 +1,8 @@
 """The pack stage: recordings in, shards out. CPU only: one program that starts processes, or many as a job array."""
 
-import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -12,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from qad_dist.config import RunConfig
+from qad_dist.packing import keep_finished, kept_plan, merge_packed, pack_part, read_rejected, results_of, spool_of
 from qad_dist.runtime.reading import open_cache, open_shards
 from qad_dist.runtime.record import DONE, begin_stage, finish_stage, is_finished, require_stage, stage_inputs
 from shards import stats as statistics
 from shards import verify as verification
-from shards.errors import ConfigError, ShardError, SourceError, StageError
+from shards.errors import ConfigError, StageError
 from shards.index import read_utterances
 from shards.layout import ShardSize
-from shards.merge import REJECTED, PackReport, refuse_unpacked
-from shards.merge import merge as merge_shards
-from shards.pack import Progress, pack_tasks, refuse_to_lose
+from shards.merge import refuse_unpacked
 from shards.pictures import drawn_if_possible
 from shards.schema import TRAIN
 from shards.shard import ShardSettings
 from shards.sources import read_found
 from shards.splice import Pool, Splicing, write_splices
 from shards.storage import fingerprint, read_json
-from shards.tasks import EXCLUDE, TASKS, Layout, TaskFile, plan_pack
+from shards.tasks import EXCLUDE, Layout, TaskFile, plan_pack
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +34,6 @@ SPLICES = "splice"
 """Folder of a run: training speech made of pieces of what is packed."""
 
 PLOT = "stats.png"
-
-_SPOOL = "spool"
-_SECONDS_BETWEEN_LOGS = 10.0
 
 
 def run(run: RunConfig, *, array: str | None = None) -> None:
@@ -53,21 +47,16 @@ def run(run: RunConfig, *, array: str | None = None) -> None:
     if _tell_finished(run):
         return
     tasks = _planned(run) if array is None else _planned_before(run)
-    try:
-        refuse_to_lose(tasks, max_rejected_share=run.pack.max_rejected_share)
-    except SourceError:
-        tasks.remove()
-        raise
+    keep_finished(tasks, max_rejected_share=run.pack.max_rejected_share)
     if array is None:
         begin_stage(run, STAGE)  # takes back the record of a finished pack: what can be refused was refused before
     started = time.monotonic()
-    pack_tasks(
+    pack_part(
         tasks,
         _settings(run),
         part=part,
         max_rejected_share=run.pack.max_rejected_share,
         processes=run.pack.processes,
-        progress=_LoggedProgress(),
     )
     if array is None:
         _finish(run, tasks, started)
@@ -110,11 +99,7 @@ def verify(run: RunConfig, *, quick: bool = False, deep: bool = False) -> None:
 def stats(run: RunConfig) -> None:
     """Print and draw what the shards hold: hours per language and split, durations, and what was rejected and why."""
     folder = run.stage_folder(STAGE)
-    path = folder / REJECTED
-    try:
-        rejected = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as cause:
-        raise ShardError(f"{path} must be the list of rejected recordings, got {cause}; pack again") from cause
+    rejected = read_rejected(folder)
     counted = statistics.count(read_utterances(folder))
     _show(statistics.table_lines(counted, rejected))
     with drawn_if_possible(folder / PLOT, logger):
@@ -175,7 +160,7 @@ def _tell_finished(run: RunConfig) -> bool:
 def _planned(run: RunConfig) -> TaskFile:
     """The plan of this config; that of an interrupted start, if there is one."""
     folder = run.stage_folder(STAGE)
-    return _kept_plan(run) or _plan_in(folder, run, spool=folder / _SPOOL)
+    return kept_plan(folder, _about(run)) or _plan_in(folder, run, spool=spool_of(folder))
 
 
 def _plan_in(folder: Path, run: RunConfig, *, spool: Path | None) -> TaskFile:
@@ -202,24 +187,12 @@ def _plan_in(folder: Path, run: RunConfig, *, spool: Path | None) -> TaskFile:
 
 def _planned_before(run: RunConfig) -> TaskFile:
     """The plan that all jobs of an array share."""
-    if (tasks := _kept_plan(run)) is None:
+    if (tasks := kept_plan(run.stage_folder(STAGE), _about(run))) is None:
         raise StageError(
             f"{run.stage_folder(STAGE)} must hold the plan of this config, got none; run `python launch/pack.py plan "
             "--config ...` once, before the jobs of an array"
         )
     return tasks
-
-
-def _kept_plan(run: RunConfig) -> TaskFile | None:
-    folder = run.stage_folder(STAGE)
-    if not (folder / TASKS).is_file():
-        return None
-    try:
-        tasks = TaskFile(folder)
-    except ShardError as damage:
-        logger.warning("the plan is damaged and not used: %s", damage)
-        return None
-    return tasks if tasks.about == _about(run) else None
 
 
 def _about(run: RunConfig) -> dict[str, str]:
@@ -236,14 +209,13 @@ def _settings(run: RunConfig) -> ShardSettings:
 
 
 def _finish(run: RunConfig, tasks: TaskFile, started: float) -> None:
-    report = merge_shards(
+    report = merge_packed(
         tasks,
         _settings(run),
         drop_duplicates=run.pack.drop_duplicates,
         max_rejected_share=run.pack.max_rejected_share,
     )
-    shutil.rmtree(run.stage_folder(STAGE) / _SPOOL, ignore_errors=True)
-    finish_stage(run, STAGE, _results(report, time.monotonic() - started))
+    finish_stage(run, STAGE, results_of(report, time.monotonic() - started))
     tasks.remove()
     stats(run)
 
@@ -253,42 +225,6 @@ def _part(array: str) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise ConfigError(f"--array must be I/N with I from 0 to N - 1, got {array!r}; e.g. --array 3/16")
     return int(match[1]), int(match[2])
-
-
-class _LoggedProgress:
-    """Logs now and then how far packing is."""
-
-    def __init__(self) -> None:
-        self._started = self._logged = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        is_last = progress.num_recordings == progress.num_recordings_in_all
-        if now - self._logged < _SECONDS_BETWEEN_LOGS and not is_last:
-            return
-        self._logged = now
-        passed = max(now - self._started, 1e-9)
-        left = progress.planned_seconds_in_all - progress.planned_seconds
-        logger.info(
-            "packed recordings=%d/%d hours=%.3f hours_per_second=%.3f eta_seconds=%.0f",
-            *(progress.num_recordings, progress.num_recordings_in_all, progress.seconds / 3600),
-            *(progress.seconds / 3600 / passed, left * passed / max(progress.planned_seconds, 1e-9)),
-        )
-
-
-def _results(report: PackReport, seconds: float) -> dict[str, object]:
-    return {
-        "fingerprint": report.index.fingerprint,
-        "num_shards": len(report.index.shards),
-        "num_recordings": report.num_recordings,
-        "num_utterances": report.index.num_utterances,
-        "num_rejected": report.num_rejected,
-        "rejected_by_reason": report.rejected_by_reason,
-        "num_copies": report.num_copies,
-        "hours": report.index.hours,
-        "hours_by_split_language": report.index.hours_by_split_language,
-        "wall_seconds": round(seconds, 1),
-    }
 
 
 def _show(lines: Iterable[str]) -> None:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qad_dist.config import RunConfig
+from qad_dist.config.score import is_predictions
 from qad_dist.runtime.estimate import MEMORY_FORMULA, ModelSize, disk_of_stages, memory_per_rank, model_size
 from qad_dist.runtime.record import STAGES, is_finished
 from qad_dist.runtime.world import count_gpus, program_environment
 from qad_dist.runtime.zero import zero_stage
-from qad_dist.text.table import SCORE, score_table
+from qad_dist.text.table import SCORE, SPEED, score_table
 from qad_dist.text.usage import usage
 from shards.audio import estimate_seconds
 from shards.corpus import recording_of
@@ -98,7 +99,8 @@ def run(config: RunConfig, launch: Launch, stages: Sequence[str]) -> None:
     Raises:
         StageFailedError: A program ended with another code than 0; the stages behind it were not started.
     """
-    offline = all(Path(path).is_dir() for path in (config.model.path, *config.score.systems.values()))
+    models = [path for path in config.score.systems.values() if not is_predictions(path)]
+    offline = all(Path(path).is_dir() for path in (config.model.path, *models))
     environment = program_environment(config.folder, on_cpu=launch.num_gpus == 0, offline=offline)
     for stage in stages:
         if is_finished(config, stage):
@@ -141,7 +143,8 @@ def summary(config: RunConfig) -> str:
     """The table of the scores and how to use the export, as far as these stages are finished."""
     parts = []
     if is_finished(config, "score"):
-        parts.append(score_table(read_json(config.stage_folder("score") / SCORE)))
+        folder = config.stage_folder("score")
+        parts.append(score_table(read_json(folder / SCORE), read_json(folder / SPEED)))
     if is_finished(config, "export"):
         parts.append(usage(config.stage_folder("export") / config.export.format))
     return "".join(f"\n{part}" for part in parts)

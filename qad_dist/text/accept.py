@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qad_dist.config.filters import FiltersConfig
+from qad_dist.config.filters import FiltersConfig, LoopFilterConfig
 from qad_dist.text.loops import new_share, repeated_words, units
 from qad_dist.text.normalize import NORMALIZER, normalize
 from qad_dist.text.scripts import foreign_letters, usual_seconds
@@ -82,6 +82,17 @@ def judged_by(filters: FiltersConfig, facts: Iterable[tuple[str | None, str | No
     }
 
 
+def is_loop(normalized: str, limits: LoopFilterConfig) -> bool:
+    """Whether a text repeats itself as nobody speaks.
+
+    Args:
+        normalized: From :func:`qad_dist.text.normalize.normalize`.
+        limits: ``label.filters.loop``.
+    """
+    text = units(normalized)
+    return repeated_words(text) >= limits.repeated_words or new_share(text) < limits.new_share
+
+
 def _has_no_text(case: _Case, filters: FiltersConfig) -> bool:
     return not case.normalized or not case.label.language
 
@@ -91,8 +102,7 @@ def _runs_away(case: _Case, filters: FiltersConfig) -> bool:
 
 
 def _loops(case: _Case, filters: FiltersConfig) -> bool:
-    text = units(case.normalized)
-    return repeated_words(text) >= filters.loop.repeated_words or new_share(text) < filters.loop.new_share
+    return is_loop(case.normalized, filters.loop)
 
 
 def _has_wrong_rate(case: _Case, filters: FiltersConfig) -> bool:

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 
 from qad_dist.config import dump_run, load_run
-from qad_dist.config.pack import SourceKind
 from qad_dist.config.page import settings_readme
+from qad_dist.config.section import SourceKind
 from qad_dist.runtime.record import STAGES
 from shards.sources import KINDS
 from tests.conftest import LIMITS, ROOT

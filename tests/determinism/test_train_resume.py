@@ -331,7 +331,7 @@ def test_best_student_of_a_stopped_training_is_published_scored_and_gives_way_to
 
     assert early.code == 1 and "train/best must hold a student, got none yet" in early.stderr
     assert (published.code, scored.code) == (0, 0), published.stderr + scored.stderr
-    assert "event=scored system=qad utterances=15" in scored.stderr
+    assert "event=answered section=own system=qad utterances=15" in scored.stderr
     assert (meanwhile["is_final"], meanwhile["best_step"]) == (False, best_step)
     assert best_step == 4
     decoder = {f"thinker.model.{name}": tensor for name, tensor in best.items()}

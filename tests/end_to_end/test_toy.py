@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from qad_dist.text.predictions import read_predictions
+from qad_dist.text.wer import corpus, count_errors
 from tests.helpers.digits import DigitsRun
 from tests.helpers.launching import Ended, run_python
 
@@ -54,9 +56,11 @@ def events_of_stages(log: str) -> list[tuple[str, str]]:
     return re.findall(r" event=(started|skipped|ended) stage=(\w+)", log)
 
 
-def row_of(table: str, system: str) -> list[str]:
-    """Cells of the last row of a table that begins with a system's name."""
-    return [line for line in table.splitlines() if line.startswith(f"{system} ")][-1].split()
+def errors_of(table: str, system: str) -> list[str]:
+    """Rate, interval and errors by kind, as the table of systems has them in eight columns."""
+    rows = [line.split("|") for line in table.splitlines() if line.startswith(f"{system} ")]
+    (row,) = (row for row in rows if len(row) == 8)
+    return [cell.strip() for cell in row[1:6]]
 
 
 def test_run_does_the_chosen_stages_and_another_start_the_others(starts):
@@ -96,20 +100,23 @@ def test_each_stage_leaves_its_record(starts):
 def test_table_compares_teacher_ptq_and_qad(starts):
     score = json.loads((starts.run / "score" / "score.json").read_text())
 
-    assert set(score["systems"]) == {"teacher", "ptq", "qad"}
-    for name, system in score["systems"].items():
-        lines = (starts.run / "score" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        predictions = [json.loads(line) for line in lines]
-        errors = sum(line["substitutions"] + line["deletions"] + line["insertions"] for line in predictions)
-        words = sum(line["hits"] + line["substitutions"] + line["deletions"] for line in predictions)
-        rate = 100 * errors / words
+    systems = score["sections"]["own"]["systems"]
+    assert set(systems) == set(score["systems"]) == {"teacher", "ptq", "qad"}
+    for name, system in systems.items():
+        predictions = read_predictions(starts.run / "score" / "own" / f"{name}.jsonl").values()
+        counts = corpus(count_errors(one.reference, one.text, language=one.language) for one in predictions)
+        kinds = [counts.substitutions, counts.deletions, counts.insertions]
         assert len(predictions) == 15
-        assert system["overall"]["error_rate"] == pytest.approx(rate / 100)
-        assert row_of(starts.third.stdout, name)[2:5:2] == [f"{rate:.2f}", str(errors)]
+        assert system["overall"]["error_rate"] == pytest.approx(counts.rate)
+        rate, interval, *told = errors_of(starts.third.stdout, name)
+        assert (rate, told) == (f"{100 * counts.rate:.2f}", [str(kind) for kind in kinds])
+        low, high = map(float, interval.split(" to "))
+        assert low <= float(rate) <= high
     # The embedded teacher makes 6 % errors on digits of voices that it has not heard.
-    assert score["systems"]["teacher"]["overall"]["error_rate"] < 0.2
-    assert 0 < score["systems"]["ptq"]["overall"]["kl_per_token"] < 0.02
-    assert 0 < score["systems"]["qad"]["overall"]["kl_per_token"] < 0.02
+    assert systems["teacher"]["overall"]["error_rate"] < 0.2
+    assert 0 < systems["ptq"]["overall"]["kl_per_token"] < 0.02
+    assert 0 < systems["qad"]["overall"]["kl_per_token"] < 0.02
+    assert (starts.run / "score" / "own" / "worst.md").is_file()
 
 
 def test_verify_accepts_labels_and_shards(starts, tmp_path):
@@ -171,11 +178,10 @@ def test_printed_lines_transcribe_a_file_with_the_export(starts, tmp_path):
 
 def longest_english_utterance(run: Path) -> tuple[bytes, str]:
     """FLAC bytes of a test utterance, read from its tar by name, and what the trained student wrote for it."""
-    lines = (run / "score" / "qad.jsonl").read_text(encoding="utf-8").splitlines()
-    predictions = [line for line in map(json.loads, lines) if line["language"] == "English"]
-    chosen = max(predictions, key=lambda line: line["duration_seconds"])
+    predictions = read_predictions(run / "score" / "own" / "qad.jsonl").values()
+    chosen = max((one for one in predictions if one.language == "English"), key=lambda one: one.extra["duration"])
     for shard in sorted((run / "pack").glob("test-*.tar")):
         with tarfile.open(shard) as tar:
-            if f"{chosen['key']}.flac" in tar.getnames():
-                return tar.extractfile(f"{chosen['key']}.flac").read(), chosen["hypothesis"]
-    raise AssertionError(f"no shard holds {chosen['key']}")
+            if f"{chosen.key}.flac" in tar.getnames():
+                return tar.extractfile(f"{chosen.key}.flac").read(), chosen.text
+    raise AssertionError(f"no shard holds {chosen.key}")

@@ -72,6 +72,15 @@ def run_on_one_rank(digits: DigitsRun, trained: FinishedRun, folder: Path) -> Fi
     return FinishedRun(run, ended.stderr)
 
 
+def score_on_four_ranks(digits: DigitsRun, trained: FinishedRun, folder: Path) -> FinishedRun:
+    """Score on four ranks, the students being those of ``trained``."""
+    run = trained.copy_to(digits.copy_to(folder / "run"), "label", "quantize", "train")
+    program = "tests/helpers/run_stages.py"
+    ended = launch(program, "4", digits.config, run, "score", ranks=4, folder=folder / "output")
+    assert ended.code == 0, ended.stderr
+    return FinishedRun(run, ended.stderr)
+
+
 def write_digits(folder: Path) -> Path:
     """Write a manifest of 40 train, 15 heldout and 15 test utterances in 5 languages, with absolute paths."""
     source = ROOT / "tests" / "assets" / "digits"
@@ -113,7 +122,7 @@ def write_config(folder: Path, manifest: Path) -> Path:
             "log_every": 1,
             "keep": "last",  # so few steps are not always nearer to the teacher than none
         },
-        "score": {"batch_audio_seconds": 20},
+        "score": {"batch_audio_seconds": 20, "slots": 4, "num_resamples": 1000},  # 4 groups
         "export": {"verify_utterances": 3},
     }
     path = folder / "run.yaml"

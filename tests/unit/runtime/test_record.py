@@ -9,7 +9,6 @@ import pytest
 
 from qad_dist.config import RunConfig, load_run
 from qad_dist.runtime.record import (
-    READS,
     STAGES,
     begin_stage,
     finish_stage,
@@ -17,6 +16,7 @@ from qad_dist.runtime.record import (
     model_fingerprint,
     require_stage,
     stage_inputs,
+    stages_read,
 )
 from shards.errors import StageError
 from tests.helpers.digits import TEACHER
@@ -44,9 +44,22 @@ def finished(run: RunConfig) -> list[str]:
     return [stage for stage in STAGES if is_finished(run, stage)]
 
 
-def test_stages_read_only_stages_before_them():
+def test_stages_read_only_stages_before_them(load):
     for position, stage in enumerate(STAGES):
-        assert set(READS[stage]) <= set(STAGES[:position])
+        assert set(stages_read(load(), stage)) <= set(STAGES[:position])
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ([], ("pack", "quantize", "train")),
+        (["score.students=[ptq]"], ("pack", "quantize")),
+        (["score.students=[]"], ("pack",)),
+        (["score.students=[qad]", "score.splits=[]", "score.sets={a: /a}"], ("train",)),
+    ],
+)
+def test_score_reads_the_stages_that_it_is_asked_to_compare(load, settings, stages):
+    assert stages_read(load(*settings), "score") == stages
 
 
 def test_nothing_is_finished_in_an_empty_run_and_everything_after_all_stages(load):
@@ -113,7 +126,7 @@ def test_change_of_a_setting_unfinishes_its_stage_and_those_that_read_it_once_it
     expected = {stage for stage in STAGES if stage not in still_finished}
     # Whatever reads a stage that was made again is made again, too.
     for stage in STAGES:
-        if set(READS[stage]) & expected:
+        if set(stages_read(load(), stage)) & expected:
             expected.add(stage)
     assert made == expected
 
