@@ -147,7 +147,7 @@ def _answer(run: RunConfig, system: System, teacher: System, section: Section, m
         responses = None if teachers is None else [answer.token_ids for answer in teachers.answers]
         decoding = _Decoding(run, system, teacher, section, models, responses)
         with open_reader(run, section.test_set.folder) as reader:
-            for number, answered in decoding.answers({number: groups[number] for number in own}, reader, world):
+            for number, answered in decoding.answers(groups, own, reader, world):
                 section.files.write_group(system.name, about, number, answered)
     barrier()
     run_on_main(lambda: _gather(system, about, section, group_keys))
@@ -183,9 +183,13 @@ class _Decoding:
         if responses is not None:
             self._pair = _paired(models.get(teacher), self._model, system)
 
-    def answers(self, groups: dict[int, Group], reader: Reader, world: World) -> Iterator[tuple[int, Answered]]:
-        """Number and answers of one group after the other."""
-        slots = max(sum(map(len, group)) for group in groups.values())
+    def answers(
+        self, all_groups: Sequence[Group], own: Sequence[int], reader: Reader, world: World
+    ) -> Iterator[tuple[int, Answered]]:
+        """Number and answers of one of this rank's groups after the other."""
+        # Of all groups: on a GPU every slot is in every step, and no rank may compute in other shapes than the others.
+        slots = max(sum(map(len, group)) for group in all_groups)
+        groups = {number: all_groups[number] for number in own}
         decoder = GroupDecoder(self._model, self._run.score, self._durations_U, self._languages, slots=slots)
         utterances = self._section.test_set.utterances
         wanted = ([utterances[place] for place in batch] for group in groups.values() for batch in group)
