@@ -22,6 +22,7 @@ from qad_dist.asr.groups import Group, GroupDecoder, plan_groups
 from qad_dist.asr.load import AsrModel
 from qad_dist.asr.transcribe import Hypothesis
 from qad_dist.config import RunConfig
+from qad_dist.config.decoding import DecodingSection
 from qad_dist.distill.evaluate import batch_distances
 from qad_dist.distill.models import TeacherAndStudent
 from qad_dist.pairing import join_models, share_if_equal, vocabulary_difference
@@ -295,5 +296,4 @@ def _about(run: RunConfig, system: System, teacher: System, section: Section) ->
 
 def decoding_settings(run: RunConfig) -> dict[str, object]:
     """Prompt and batches: what all systems have in common."""
-    names = ("language", "context", "batch_audio_seconds", "slots", "max_response_tokens", "max_tokens_per_second")
-    return {name: getattr(run.score, name) for name in names}
+    return run.score.model_dump(mode="json", include=set(DecodingSection.model_fields))

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from qad_dist.config import RunConfig
 from qad_dist.config.score import TestSetConfig
 from qad_dist.packing import keep_finished, kept_plan, merge_packed, pack_part, read_rejected, results_of, spool_of
-from qad_dist.runtime.record import DONE, package_versions, stage_command
+from qad_dist.runtime.record import DONE, SETS, package_versions, stage_command
 from shards.audio import MAX_SECONDS
 from shards.errors import ConfigError, QadError, ShardError, SourceError, StageError
 from shards.index import INDEX, UtteranceTable, read_index, read_utterances
@@ -44,9 +44,6 @@ log = logging.getLogger(__name__)
 
 OWN = "own"
 """Name of the set that is ``score.splits`` of the run's own shards."""
-
-SETS = "sets"
-"""Folder below ``<run>/score`` that has a packed folder for each set of ``score.sets`` that is packed for the run."""
 
 # The same for every run, so that a set has the same shards and fingerprint in all. 5 hours keep 20 processes busy.
 _LAYOUT = Layout(

@@ -93,13 +93,28 @@ class _FakeQuant(torch.autograd.Function):
 
 def round_to_grid(values: Tensor, amax: Tensor, *, num_bits: int, narrow_range: bool) -> Tensor:
     """As :func:`fake_quant`, without a gradient; ``amax`` in float32."""
-    highest = 2.0 ** (num_bits - 1) - 1
-    lowest = -highest if narrow_range else -highest - 1
+    scale, factor = grid_of(amax, num_bits=num_bits)
+    return round_by(values, scale, factor, num_bits=num_bits, narrow_range=narrow_range)
+
+
+def grid_of(amax: Tensor, *, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Steps of the grid for each unit, and what values are multiplied by: the same, or 0 where that is of silence."""
     # A tensor above the line: torch computes `number / tensor` as number * (1 / tensor), which rounds twice. Filled on
     # its device, since a tensor made of a number would be copied there.
-    scale = torch.full_like(amax, highest) / amax
-    steps = values.float() * torch.where(amax <= SILENT_AMAX, 0.0, scale)
+    scale = torch.full_like(amax, _highest(num_bits)) / amax
+    return scale, torch.where(amax <= SILENT_AMAX, 0.0, scale)
+
+
+def round_by(values: Tensor, scale: Tensor, factor: Tensor, *, num_bits: int, narrow_range: bool = False) -> Tensor:
+    """Values rounded to the grid of :func:`grid_of`."""
+    highest = _highest(num_bits)
+    lowest = -highest if narrow_range else -highest - 1
+    steps = values.float() * factor
     return steps.round_().clamp_(lowest, highest).div_(scale).to(values.dtype)  # a silent row: 0 / inf or 0 / large
+
+
+def _highest(num_bits: int) -> float:
+    return 2.0 ** (num_bits - 1) - 1
 
 
 def entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qad_dist.quant.fake_quant import SILENT_AMAX, round_to_grid
+from qad_dist.quant.fake_quant import grid_of, round_by, round_to_grid
 from qad_dist.quant.replace import replace_linears
 from qad_dist.quant.scales import ScaledModule, is_one_scale, is_per_token
 from qad_dist.quant.state import fold_weights
 
 _BITS = 8
 """Of inputs, in all formats of integers."""
-_HIGHEST = 2.0 ** (_BITS - 1) - 1
 
 
 class FoldedLinear(ScaledModule):
@@ -49,10 +48,7 @@ class FoldedLinear(ScaledModule):
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         scale = factor = None
         if amax is not None:
-            amax = amax.detach().float().view(())
-            # As in fake quantization: a tensor divides a tensor, so that it is rounded once.
-            scale = torch.full_like(amax, _HIGHEST) / amax
-            factor = torch.where(amax <= SILENT_AMAX, 0.0, scale)
+            scale, factor = grid_of(amax.detach().float().view(()), num_bits=_BITS)
         self.register_buffer("scale", scale)
         self.register_buffer("factor", factor)
 
@@ -63,8 +59,7 @@ class FoldedLinear(ScaledModule):
             amax = inputs.abs().amax(-1, keepdim=True).float()
             rounded = round_to_grid(inputs, amax, num_bits=_BITS, narrow_range=False)
         else:
-            steps = inputs.float() * self.factor
-            rounded = steps.round_().clamp_(-_HIGHEST - 1, _HIGHEST).div_(self.scale).to(inputs.dtype)
+            rounded = round_by(inputs, self.scale, self.factor, num_bits=_BITS)
         return F.linear(rounded, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,9 @@ DONE = "done.json"
 STUDENT = "student"
 """Folder below ``<run>/quantize`` and ``<run>/train``: a checkpoint that loads with ModelOpt's state."""
 
+SETS = "sets"
+"""Folder below ``<run>/score`` that has a packed folder for each set of ``score.sets`` that is packed for the run."""
+
 READS = {
     "pack": (),
     "label": ("pack",),
@@ -210,7 +213,7 @@ def _files(run: RunConfig, stage: str) -> dict[str, str]:
 
         paths += run.score.systems.values()
         # The shards of each set, where they are packed or were packed to: the stage itself looks at their inputs.
-        folders = {name: run.stage_folder("score") / "sets" / name for name in run.score.sets}
+        folders = {name: run.stage_folder("score") / SETS / name for name in run.score.sets}
         places = {one.path: (Path(one.path) / INDEX, folders[name] / INDEX) for name, one in run.score.sets.items()}
         sets = {path: "".join(_contents(place) for place in both) for path, both in places.items()}
         return {**sets, **{path: _contents(Path(path)) for path in paths}}

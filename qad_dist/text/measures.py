@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qad_dist.text.normalize import CER_LANGUAGES, NORMALIZER, characters
 from qad_dist.text.open_asr import OPEN_ASR, WHISPER, count_open_asr_errors, count_whisper_errors
-from qad_dist.text.wer import ErrorCounts, count_errors, count_token_errors
+from qad_dist.text.wer import ErrorCounts, count_token_errors
 
 RAW = "raw"
 """No rules at all: words as they were written, case and punctuation counted."""
@@ -32,8 +32,6 @@ class Measure:
 
 
 def _count_characters(reference: str, hypothesis: str, language: str | None) -> ErrorCounts:
-    if language in CER_LANGUAGES:
-        return count_errors(reference, hypothesis, language=language)
     return count_token_errors(characters(reference, language), characters(hypothesis, language))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from shards.errors import SourceError
 from shards.places import Place
-from shards.sources.fields import json_lines, without_suffix
+from shards.sources.fields import check_unicode, json_lines, without_suffix
 
 AUDIO, DURATION, TIME, REFERENCE, HYPOTHESIS = "audio_filepath", "duration", "time", "text", "pred_text"
 """The leaderboard's fields, in its order."""
@@ -127,8 +127,5 @@ def _text_of(row: Mapping[str, Any], name: str, where: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise SourceError(f"{where}: {name} must be text, got {value!r:.80}; mend the line")
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:
-        raise SourceError(f"{where}: {name} must be valid Unicode, got half a surrogate pair; mend it") from cause
+    check_unicode(value, name, where)
     return value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qad_dist.config.score import OWN_SYSTEMS
+from qad_dist.text.table import judged_student, ordered_systems
 from shards.pictures import new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
@@ -96,11 +97,8 @@ def draw_scores(score: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(name: str, section: Mapping[str, Any]) -> _Panel:
-    # A score that was written and read back has its names sorted.
     present = section["systems"]
-    own = [system for system in OWN_SYSTEMS if system in present]
-    systems = own + [system for system in present if system not in OWN_SYSTEMS]
-    student = own[-1] if own else systems[0]
+    systems, student = ordered_systems(present), judged_student(present)
     found = dict.fromkeys(language for system in systems for language in present[system]["languages"])
 
     def goodness(language: str) -> tuple[bool, float, str]:

@@ -5,7 +5,7 @@ The same cells are laid out twice: by rich as plain text of limited width, and a
 teacher, ptq, qad, then the others as they come.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qad_dist.config.score import OWN_SYSTEMS
@@ -72,19 +72,20 @@ def _conditions(name: str, section: Section) -> str:
     )
 
 
-def _ordered_systems(section: Section) -> list[str]:
-    # A score that was written and read back has its names sorted.
-    present = section["systems"]
+def ordered_systems(systems: Iterable[str]) -> list[str]:
+    """In the order in which they are shown: a score that was written and read back has its names sorted."""
+    present = list(systems)
     return [name for name in OWN_SYSTEMS if name in present] + [name for name in present if name not in OWN_SYSTEMS]
 
 
-def judged_student(systems: Collection[str]) -> str:
-    """The system whose worst language and utterances are shown: the last of teacher, ptq and qad."""
-    return [name for name in OWN_SYSTEMS if name in systems][-1]
+def judged_student(systems: Iterable[str]) -> str:
+    """Whose worst language and utterances are shown: the last of teacher, ptq and qad, else the first of the others."""
+    shown = ordered_systems(systems)
+    return [name for name in shown if name in OWN_SYSTEMS or name == shown[0]][-1]
 
 
 def _language_grids(section: Section) -> list[Grid]:
-    names = _ordered_systems(section)
+    names = ordered_systems(section["systems"])
     return [
         _language_grid(section, names[start : start + SYSTEMS_PER_TABLE])
         for start in range(0, len(names), SYSTEMS_PER_TABLE)
@@ -126,7 +127,7 @@ def worst_language(section: Section) -> str | None:
 def _system_grids(score: dict[str, Any], section: Section, speeds: dict[str, Any]) -> list[Grid]:
     """Errors of each system, and what else there is to say of it."""
     errors, others = [], []
-    for name in _ordered_systems(section):
+    for name in ordered_systems(section["systems"]):
         overall, system = section["systems"][name]["overall"], score["systems"][name]
         counts = [f"{overall[kind]:,}" for kind in ("substitutions", "deletions", "insertions")]
         errors.append([name, _percent(overall["error_rate"]), _range(overall["interval"]), *counts])
@@ -157,7 +158,7 @@ def _pair_grid(section: Section) -> Grid:
 
 def _measure_grid(section: Section) -> Grid:
     """The same answers under other rules."""
-    names = _ordered_systems(section)
+    names = ordered_systems(section["systems"])
     overall = {name: section["systems"][name]["overall"] for name in names}
     rows = []
     for measure in overall[names[0]]["measures"]:
@@ -199,7 +200,7 @@ def _findings(section: Section) -> list[str]:
 def _verdicts(section: Section) -> list[str]:
     """Each language against the teacher, where there are several: what each system loses, and whether that is much."""
     languages, overall = section["significance"]["languages"], section["significance"]["overall"]
-    names = [name for name in _ordered_systems(section) if name in overall["non_inferiority"]]
+    names = [name for name in ordered_systems(section["systems"]) if name in overall["non_inferiority"]]
     if len(languages) < 2 or not names:
         return []
     rows = []

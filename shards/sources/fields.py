@@ -84,13 +84,22 @@ def text_of(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str |
             continue
         if not isinstance(value, str):
             raise SourceError(f"{where}: {name} must be text, got {value!r}; mend the line")
-        try:
-            value.encode()
-        except UnicodeEncodeError as cause:
-            raise SourceError(f"{where}: {name} must be valid Unicode, got half a surrogate pair; mend it") from cause
+        check_unicode(value, name, where)
         if value.strip():
             return value.strip()
     return None
+
+
+def check_unicode(text: str, name: str, where: str) -> None:
+    """See that a field can be written again: JSON may hold what is no text.
+
+    Raises:
+        SourceError: It has half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise SourceError(f"{where}: {name} must be valid Unicode, got half a surrogate pair; mend it") from cause
 
 
 def reference_of(row: Mapping[str, Any], where: str) -> tuple[str | None, str | None]:
