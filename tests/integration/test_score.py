@@ -44,13 +44,15 @@ def lines_of(run: Path, section: str, system: str) -> list[dict[str, Any]]:
 
 
 def write_predictions(folder: Path, name: str, lines: list[dict[str, Any]], *, wrong: int = 0) -> None:
-    """The references, the first few of them with a word more; keyed by the names of the audio files."""
+    """The references, a few in English with a word more; keyed by the names of the audio files."""
     folder.mkdir(exist_ok=True)
     rows = [
         {"audio_filepath": f"clips/{line['key']}.wav", "text": line["text"], "pred_text": line["text"]}
         for line in lines
     ]
-    for row in rows[:wrong]:
+    # Keys follow from paths, so which lines come first does too; Chinese would count each letter of the word.
+    english = [row for row, line in zip(rows, lines, strict=True) if line["language"] == "English" and line["text"]]
+    for row in english[:wrong]:
         row["pred_text"] += " more"
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
