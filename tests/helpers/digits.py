@@ -92,7 +92,9 @@ def write_digits(folder: Path) -> Path:
         place = (entry["split"], entry["language"])
         if entry["language"] in LANGUAGES and taken[place] < wanted[entry["split"]] // len(LANGUAGES):
             taken[place] += 1
-            lines.append(json.dumps({**entry, "audio": str(source / entry["audio"])}, ensure_ascii=False) + "\n")
+            # Without keys of their own they would have those of their paths: other shards in each checkout.
+            own = {"key": Path(entry["audio"]).stem, "audio": str(source / entry["audio"])}
+            lines.append(json.dumps({**entry, **own}, ensure_ascii=False) + "\n")
     assert len(lines) == NUM_TRAIN + NUM_HELDOUT + NUM_TEST
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.jsonl"
