@@ -282,6 +282,7 @@ def _chosen(corpus: _Corpus, place: Place, *, spool: Path) -> Iterator[Found]:
         kind=known.source if known else config.source,
         spool=spool,
         setting=f"{setting}.path",
+        splits=wanted,
     ):
         told.add(found.split)
         if wanted is None or found.split in wanted:

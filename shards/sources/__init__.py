@@ -1,7 +1,7 @@
 """Sources: manifests, corpora and folders of audio, of each kind one module, read as a stream of recordings."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +67,7 @@ def read_found(
     kind: str = AUTO,
     spool: Path | None,
     setting: str = "pack.inputs",
+    splits: Collection[str] | None = None,
 ) -> Iterator[Found]:
     """Read all inputs of a run, in their order, as a stream: what is kept of each recording is 8 bytes.
 
@@ -77,6 +78,8 @@ def read_found(
         spool: Folder for audio that lies in files of which it is no stretch of bytes; None to look only: such audio
             is then named by its file, and its size is the mean of the file's.
         setting: What the inputs are called in messages.
+        splits: The source's names of what is wanted: an archive of any other split need not be unpacked. Recordings of
+            others may come all the same.
 
     Raises:
         SourceError: An input is missing, of no known kind or of several, unreadable or empty, holds a bad line, or
@@ -92,7 +95,7 @@ def read_found(
     repeats = Repeats(setting)
     for value in inputs:
         is_empty = True
-        for found in _read(value, kind, spool, setting):
+        for found in _read(value, kind, spool, setting, splits):
             repeats.add(found)
             is_empty = False
             yield found if found.language or not language else _in_language(found, language)
@@ -101,7 +104,7 @@ def read_found(
     repeats.check()
 
 
-def _read(value: str, kind: str, spool: Path | None, setting: str) -> Iterator[Found]:
+def _read(value: str, kind: str, spool: Path | None, setting: str, splits: Collection[str] | None) -> Iterator[Found]:
     try:
         place = Place.of(value)
         if place.is_file():
@@ -115,7 +118,7 @@ def _read(value: str, kind: str, spool: Path | None, setting: str) -> Iterator[F
         if str(cause).startswith(setting):
             raise
         raise SourceError(f"{setting}: {cause}") from cause
-    return reader.read(place, spool)
+    return fleurs.read(place, spool, splits) if reader is fleurs else reader.read(place, spool)
 
 
 def _detect(place: Place, names: list[str] | None, setting: str) -> _Reader:

@@ -1,6 +1,6 @@
 """FLEURS: a folder for each language (``vi_vn``), with ``audio/<split>/*.wav`` and a table for each split."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from shards.errors import SourceError
@@ -21,8 +21,13 @@ def fits(place: Place, names: list[str] | None) -> bool:
     return names is not None and bool(language_folders(place, names, _is_language))
 
 
-def read(place: Place, spool: Path | None) -> Iterator[Found]:
+def read(place: Place, spool: Path | None, splits: Collection[str] | None = None) -> Iterator[Found]:
     """Read the tables, which have no header. The language is that of the folder's name; speakers are not told.
+
+    Args:
+        place: As :func:`fits` takes it.
+        spool: Not used.
+        splits: What is wanted; the audio of other splits may still be packed, and they are left out then. None: all.
 
     Raises:
         SourceError: A line breaks a rule (told as ``file:line``), the language is none of the model's, or the audio is
@@ -31,9 +36,12 @@ def read(place: Place, spool: Path | None) -> Iterator[Found]:
     for folder in language_folders(place, place.names(), _is_language):
         language = language_of(folder.name, folder.url)
         audio = folder.child("audio")
+        unpacked = audio.folders()
         for table in tables_in(folder.names()):
             split = table.removesuffix(".tsv")
-            if split not in audio.folders():
+            if split not in unpacked:
+                if splits is not None and split not in splits:
+                    continue
                 raise SourceError(f"{audio.url} must have a folder {split}, got none; unpack {split}.tar.gz there")
             yield from _read_table(folder.child(table), audio.child(split), language=language, split=split)
 

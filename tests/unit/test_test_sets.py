@@ -67,6 +67,19 @@ def test_splits_go_before_what_the_name_says(tmp_path: Path) -> None:
     assert sorted(utterance.key for utterance in opened(run)[0].utterances) == ["vi_vn-981", "vi_vn-982"]
 
 
+def test_of_fleurs_only_the_splits_that_are_scored_need_be_unpacked(tmp_path: Path) -> None:
+    make_fleurs(tmp_path / "vi_vn")
+    shutil.rmtree(tmp_path / "vi_vn/audio/train")
+    (tmp_path / "vi_vn/audio/dev").rename(tmp_path / "vi_vn/audio/dev.tar.gz")
+
+    (found,) = opened(run_of(tmp_path, {"fleurs-vi": str(tmp_path)}))
+
+    assert [utterance.key for utterance in found.utterances] == ["vi_vn-982"]
+    wanted = run_of(tmp_path, {"fleurs-vi": {"path": str(tmp_path), "splits": ["dev", "test"]}})
+    with pytest.raises(SourceError, match=r"^score\.sets\.fleurs-vi.*must have a folder dev, got none; unpack dev"):
+        opened(wanted)
+
+
 def test_name_of_another_form_of_the_corpus_says_nothing(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, {"text": "a", "lang": "en"}, {"text": "b", "lang": "en", "split": "train"})
     run = run_of(tmp_path, {"librispeech-test-clean": {"path": str(manifest), "source": "qwen"}})
