@@ -41,7 +41,7 @@ class Bench:
     def write_manifest(self, name: str, *, count: int, audio: Path | None = None) -> Path:
         """The first entries of the manifest, and one more with this audio file."""
         entries = [json.loads(line) for line in self.manifest.read_text(encoding="utf-8").splitlines()]
-        chosen = entries[:count] + ([{**entries[count], "audio": str(audio)}] if audio else [])
+        chosen = entries[:count] + ([{**entries[count], "key": audio.stem, "audio": str(audio)}] if audio else [])
         path = self.folder / name
         path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in chosen), encoding="utf-8")
         return path
@@ -236,7 +236,7 @@ FAULTS = {
     ),
     "shard cut in half": Fault(
         "label",
-        "read.max_quarantined_share must cover what cannot be read, got 0.01 (at most 0 of 55 utterances) and 5: ",
+        "read.max_quarantined_share must cover what cannot be read, got 0.01 (at most 0 of 55 utterances) and 4: ",
         "; the shard was cut, pack again); see {run}/label, mend the shards or raise it",
         cut("pack/train-000001.tar"),
         ("pack",),
