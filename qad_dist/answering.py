@@ -188,10 +188,8 @@ class _Decoding:
         self, all_groups: Sequence[Group], own: Sequence[int], reader: Reader, world: World
     ) -> Iterator[tuple[int, Answered]]:
         """Number and answers of one of this rank's groups after the other."""
-        # Of all groups: on a GPU every slot is in every step, and no rank may compute in other shapes than the others.
-        slots = max(sum(map(len, group)) for group in all_groups)
+        decoder = GroupDecoder(self._model, self._run.score, self._durations_U, self._languages, all_groups)
         groups = {number: all_groups[number] for number in own}
-        decoder = GroupDecoder(self._model, self._run.score, self._durations_U, self._languages, slots=slots)
         utterances = self._section.test_set.utterances
         wanted = ([utterances[place] for place in batch] for group in groups.values() for batch in group)
         loaded = mels_ahead(reader, wanted, self._model.extractor)

@@ -147,8 +147,7 @@ def _decode(
         return
     names, codes_U = rows.responses.names, rows.responses.prompt_languages
     languages = [names[code] for code in codes_U]
-    slots = max(sum(map(len, group)) for group in groups)
-    decoder = GroupDecoder(student, settings, durations_U, languages, slots=slots)
+    decoder = GroupDecoder(student, settings, durations_U, languages, groups)
     wanted = ([rows.utterances[place] for place in batch] for group in own for batch in group)
     loaded = try_mels_ahead(reader, wanted, student.extractor)
     for group in own:

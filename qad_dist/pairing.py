@@ -79,16 +79,14 @@ def share_frozen_parts(teacher: AsrModel, student: AsrModel) -> None:
     if differing := _frozen_difference(teacher, student):
         part, name = differing
         raise ModelError(f"teacher and student must share their {part}, got other values of {name}; run quantize again")
-    theirs, ours = student.model.thinker, teacher.model.thinker
-    theirs.audio_tower, theirs.lm_head = ours.audio_tower, ours.lm_head
-    theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
+    _share(teacher, student)
 
 
 def share_if_equal(teacher: AsrModel, system: AsrModel) -> bool:
     """As :func:`share_frozen_parts` where everything frozen is equal; otherwise nothing is done, and False."""
     if _frozen_difference(teacher, system):
         return False
-    share_frozen_parts(teacher, system)
+    _share(teacher, system)
     return True
 
 
@@ -119,6 +117,12 @@ def vocabulary_difference(teacher: AsrModel, student: AsrModel) -> tuple[str, st
             shown = f"{found} for {wanted}" if isinstance(found, int) else "another one"
             return what, shown
     return None
+
+
+def _share(teacher: AsrModel, student: AsrModel) -> None:
+    theirs, ours = student.model.thinker, teacher.model.thinker
+    theirs.audio_tower, theirs.lm_head = ours.audio_tower, ours.lm_head
+    theirs.model.embed_tokens, theirs.model.norm = ours.model.embed_tokens, ours.model.norm
 
 
 def _frozen_difference(teacher: AsrModel, student: AsrModel) -> tuple[str, str] | None:

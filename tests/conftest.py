@@ -61,7 +61,7 @@ def speech() -> Path:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
     """A config on a few spoken digits, packed, for tests of later stages; copy what they would change."""
-    return made_once(tmp_path_factory, "digits", lambda: make_digits(tmp_path_factory.mktemp("digits")))
+    return made_once(tmp_path_factory, "digits", make_digits)
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +74,10 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
 @pytest.fixture(scope="session")
 def two_rank_run(digits: DigitsRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Label, quantize, train and score of that config on two ranks with ZeRO-2; to be read only."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    return made_once(tmp_path_factory, "two-ranks", lambda: run_on_two_ranks(digits, folder))
+    return made_once(tmp_path_factory, "two-ranks", lambda folder: run_on_two_ranks(digits, folder))
 
 
 @pytest.fixture(scope="session")
 def one_rank_run(digits: DigitsRun, two_rank_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Label, quantize and score on one rank, of the student that two ranks trained; to be read only."""
-    folder = tmp_path_factory.mktemp("one-rank")
-    return made_once(tmp_path_factory, "one-rank", lambda: run_on_one_rank(digits, two_rank_run, folder))
+    return made_once(tmp_path_factory, "one-rank", lambda folder: run_on_one_rank(digits, two_rank_run, folder))

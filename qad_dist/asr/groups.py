@@ -58,8 +58,7 @@ class GroupDecoder:
         settings: DecodingSection,
         durations_U: npt.NDArray[np.float64],
         languages: Sequence[str | None],
-        *,
-        slots: int,
+        groups: Sequence[Group],
     ) -> None:
         """Take the memory.
 
@@ -68,10 +67,12 @@ class GroupDecoder:
             settings: Limits of responses.
             durations_U: Seconds, of all utterances.
             languages: What the model is told of each.
-            slots: Utterances of the largest group.
+            groups: All of the set, whichever rank has them: on a GPU every slot is in every step, and no rank may
+                compute in other shapes than the others.
         """
         self._languages = languages
         self._limits = [utterance_limit(settings, duration) for duration in durations_U.tolist()]
+        slots = max(sum(map(len, group)) for group in groups)
         length = slot_length(model.prompt, durations_U.tolist(), self._limits, languages)
         self._decoder = Decoder(model, slots=slots, max_length=length)
 

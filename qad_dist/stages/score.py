@@ -86,20 +86,22 @@ def _finish(run: RunConfig, systems: Sequence[System], sections: Sequence[Sectio
         "dtype": run.model.dtype,
         "arithmetic": run.score.arithmetic,
         "sections": {},
-        "systems": {},
     }
     speed: dict[str, Any] = {}
+    served_bytes: dict[str, int | None] = {}
     for section in sections:
         answered = {system.name: _answered(run, system, systems[0], section) for system in systems}
         score["sections"][section.name] = _judge(run, section, answered)
         speed[section.name] = _speeds(section, answered)
-        for system in systems:
-            served = answered[system.name].served_bytes
-            score["systems"][system.name] = {
-                "path": system.path,
-                "disk_bytes": system.disk_bytes(),
-                "served_bytes": served,
-            }
+        served_bytes |= {name: own.served_bytes for name, own in answered.items()}
+    score["systems"] = {
+        system.name: {
+            "path": system.path,
+            "disk_bytes": system.disk_bytes(),
+            "served_bytes": served_bytes[system.name],
+        }
+        for system in systems
+    }
     folder = run.stage_folder("score")
     write_json(folder / SCORE, score)
     write_json(folder / SPEED, speed)

@@ -30,8 +30,7 @@ def score_table(score: dict[str, Any], speed: dict[str, Any]) -> str:
     """The score as plain text: of each section languages, systems, then what the numbers say."""
     parts = []
     for name, section in score["sections"].items():
-        grids = [*_language_grids(section), *_system_grids(score, section, speed.get(name, {}))]
-        grids += [_pair_grid(section), _measure_grid(section)]
+        grids = _grids(score, section, speed.get(name, {}))
         parts += [_conditions(name, section), "", *(as_text(grid) for grid in grids), *_findings(section), ""]
     return "\n".join([*parts, *_notes(score), ""])
 
@@ -50,13 +49,20 @@ def score_markdown(score: dict[str, Any]) -> str:
     parts = ["# Score"]
     for name, section in score["sections"].items():
         parts += [f"## {name}", _conditions(name, section)]
-        grids = [*_language_grids(section), *_system_grids(score, section, {})]
-        grids += [_pair_grid(section), _measure_grid(section)]
-        parts += [as_markdown(grid) for grid in grids]
+        parts += [as_markdown(grid) for grid in _grids(score, section, {})]
         parts.append("\n".join(f"- {finding}" for finding in _findings(section)))
         parts += _verdicts(section)
     parts.append("\n".join(f"- {note}" for note in _notes(score)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _grids(score: dict[str, Any], section: Section, speeds: dict[str, Any]) -> list[Grid]:
+    return [
+        *_language_grids(section),
+        *_system_grids(score, section, speeds),
+        _pair_grid(section),
+        _measure_grid(section),
+    ]
 
 
 def _conditions(name: str, section: Section) -> str:

@@ -118,6 +118,7 @@ def _read(value: str, kind: str, spool: Path | None, setting: str, splits: Colle
         if str(cause).startswith(setting):
             raise
         raise SourceError(f"{setting}: {cause}") from cause
+    # Of what is read by folder, only here has each split an archive of its own beside a table that is always there.
     return fleurs.read(place, spool, splits) if reader is fleurs else reader.read(place, spool)
 
 

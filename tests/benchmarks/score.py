@@ -113,8 +113,7 @@ def decode_groups(model: AsrModel, clips: Sequence[Samples]) -> list[list[int]]:
     """Response tokens of clips, decoded as a set is scored."""
     durations_U = np.array([len(clip) / SAMPLE_RATE_HZ for clip in clips])
     groups = plan_groups(durations_U, SETTINGS, num_groups=NUM_GROUPS, smallest=SMALLEST_GROUP)
-    slots = max(sum(map(len, group)) for group in groups)
-    decoder = GroupDecoder(model, SETTINGS, durations_U, [None] * len(clips), slots=slots)
+    decoder = GroupDecoder(model, SETTINGS, durations_U, [None] * len(clips), groups)
     found: list[list[int]] = [[] for _ in clips]
     for group in groups:
         batches = [

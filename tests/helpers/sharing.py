@@ -4,30 +4,32 @@ import fcntl
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from shards.storage import atomic_write
+
 Made = TypeVar("Made")
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[], Made]) -> Made:
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Made]) -> Made:
     """What ``make`` gives, by whichever process comes first; the others wait for it and read it.
 
     Args:
         factory: Of the session.
-        name: Of what is made, for its file.
-        make: Puts files where no other process does, and gives something that can be pickled.
+        name: Of what is made, for its files.
+        make: Is given a new folder, and gives something that can be pickled.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        return make()
+        return make(factory.mktemp(name))
     path = factory.getbasetemp().parent / f"{name}.pickle"  # each process has a folder of its own in this one
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return pickle.loads(path.read_bytes())
-        made = make()
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(pickle.dumps(made))
-        unfinished.rename(path)
+        made = make(factory.mktemp(name))
+        with atomic_write(path) as file:
+            pickle.dump(made, file)
         return made

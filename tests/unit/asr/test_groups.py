@@ -50,7 +50,7 @@ def test_groups_are_transcribed_as_each_clip_alone(nano, clips) -> None:
     settings = ScoreConfig(slots=5)
     groups = plan_groups(durations_U, settings, num_groups=64, smallest=8)
     assert max(sum(map(len, group)) for group in groups) == 5
-    decoder = GroupDecoder(nano, settings, durations_U, [None] * len(clips), slots=5)
+    decoder = GroupDecoder(nano, settings, durations_U, [None] * len(clips), groups)
 
     found = {
         place: hypothesis.text
@@ -64,7 +64,7 @@ def test_groups_are_transcribed_as_each_clip_alone(nano, clips) -> None:
 
 def test_what_the_model_is_told_reaches_it(nano, clips) -> None:
     mels, durations_U = log_mels(clips[:2], nano.extractor), np.array([len(clip) / 16_000 for clip in clips[:2]])
-    decoder = GroupDecoder(nano, ScoreConfig(), durations_U, ["German", None], slots=2)
+    decoder = GroupDecoder(nano, ScoreConfig(), durations_U, ["German", None], [[[0, 1]]])
 
     found = dict(decoder.decode([[(0, mels[0]), (1, mels[1])]]))
 

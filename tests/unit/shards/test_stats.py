@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards.errors import ConfigError, StageError
 from shards.languages import LANGUAGES
 from shards.stats import count, draw, table_lines
+from tests.helpers.pictures import check_that_it_must_be_writable, check_that_matplotlib_is_named
 
 
 @dataclass
@@ -193,17 +193,8 @@ def test_pyplot_and_its_global_state_are_left_alone(tmp_path):
 
 
 def test_a_picture_without_matplotlib_names_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-
-    with pytest.raises(
-        ConfigError, match=r"stats\.png must be drawn by matplotlib, .* pip install 'qad-dist\[plots\]'"
-    ):
-        draw(count(FEW), tmp_path / "stats.png")
-    assert not list(tmp_path.iterdir())
+    check_that_matplotlib_is_named(lambda path: draw(count(FEW), path), tmp_path / "stats.png", monkeypatch)
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    (tmp_path / "file").write_text("in the way of a folder")
-
-    with pytest.raises(StageError, match=r"stats\.png must be writable"):
-        draw(count(FEW), tmp_path / "file" / "stats.png")
+    check_that_it_must_be_writable(lambda path: draw(count(FEW), path), tmp_path / "file" / "stats.png")

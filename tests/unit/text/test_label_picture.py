@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +5,10 @@ import pytest
 
 from qad_dist.text.label_picture import draw_report
 from qad_dist.text.label_report import LabelReport
-from shards.errors import ConfigError, StageError
 from shards.languages import LANGUAGES
 from shards.schema import PseudoLabel
 from shards.verdicts import Verdict
+from tests.helpers.pictures import check_that_it_must_be_writable, check_that_matplotlib_is_named
 
 VERDICTS = [
     Verdict(use="all"),
@@ -99,17 +98,8 @@ def test_a_report_on_nothing_has_a_picture_too(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_matplotlib_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-
-    with pytest.raises(
-        ConfigError, match=r"accept\.png must be drawn by matplotlib, .* pip install 'qad-dist\[plots\]'"
-    ):
-        draw_report(summary_of(4), tmp_path / "accept.png")
-    assert not list(tmp_path.iterdir())
+    check_that_matplotlib_is_named(lambda path: draw_report(summary_of(4), path), tmp_path / "accept.png", monkeypatch)
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_the_stage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way of a folder")
-
-    with pytest.raises(StageError, match=r"accept\.png must be writable"):
-        draw_report(summary_of(4), tmp_path / "file" / "accept.png")
+    check_that_it_must_be_writable(lambda path: draw_report(summary_of(4), path), tmp_path / "file" / "accept.png")

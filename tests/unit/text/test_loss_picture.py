@@ -1,14 +1,13 @@
 """The course of training as a picture: which numbers it shows, and where."""
 
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qad_dist.text.loss_picture import draw_losses
-from shards.errors import ConfigError, StageError
+from tests.helpers.pictures import check_that_it_must_be_writable, check_that_matplotlib_is_named
 
 TRAINING = {"ce": 0.2, "agreement": 0.9, "tokens_per_second": 1e4, "seconds_per_step": 0.5, "skipped": 0}
 HELDOUT = {"heldout_agreement": 0.99, "heldout_ce_per_token": 0.1}
@@ -133,15 +132,8 @@ def test_equal_lines_give_equal_bytes_of_the_size_of_the_figure(tmp_path: Path, 
 
 
 def test_a_picture_without_matplotlib_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-
-    with pytest.raises(ConfigError, match=r"loss\.png must be drawn by matplotlib, .* pip install"):
-        draw_losses(LINES, tmp_path / "loss.png")
-    assert not list(tmp_path.iterdir())
+    check_that_matplotlib_is_named(lambda path: draw_losses(LINES, path), tmp_path / "loss.png", monkeypatch)
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_the_stage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way of a folder")
-
-    with pytest.raises(StageError, match=r"loss\.png must be writable"):
-        draw_losses(LINES, tmp_path / "file" / "loss.png")
+    check_that_it_must_be_writable(lambda path: draw_losses(LINES, path), tmp_path / "file" / "loss.png")

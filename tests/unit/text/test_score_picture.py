@@ -2,7 +2,6 @@
 
 import random
 import struct
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 
 from qad_dist.text.score_picture import draw_scores
-from shards.errors import ConfigError, StageError
 from shards.languages import LANGUAGES
+from tests.helpers.pictures import check_that_it_must_be_writable, check_that_matplotlib_is_named
 
 
 def row(rate: float | None, interval: list[float] | None = None, *, unit: str = "WER") -> dict[str, Any]:
@@ -379,15 +378,8 @@ def test_equal_scores_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_matplotlib_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-
-    with pytest.raises(ConfigError, match=r"score\.png must be drawn by matplotlib, .* pip install"):
-        draw_scores(SCORE, tmp_path / "score.png")
-    assert not list(tmp_path.iterdir())
+    check_that_matplotlib_is_named(lambda path: draw_scores(SCORE, path), tmp_path / "score.png", monkeypatch)
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_the_stage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way of a folder")
-
-    with pytest.raises(StageError, match=r"score\.png must be writable"):
-        draw_scores(SCORE, tmp_path / "file" / "score.png")
+    check_that_it_must_be_writable(lambda path: draw_scores(SCORE, path), tmp_path / "file" / "score.png")

@@ -1,5 +1,4 @@
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +6,7 @@ import pytest
 
 from qad_dist.linears import LINEARS
 from qad_dist.text.sensitivity_picture import draw_sensitivity
-from shards.errors import ConfigError, StageError
+from tests.helpers.pictures import check_that_it_must_be_writable, check_that_matplotlib_is_named
 
 GROUPS = ("qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down")
 
@@ -127,15 +126,12 @@ def test_the_same_report_gives_the_same_picture_whose_height_grows_with_the_laye
 
 
 def test_a_picture_without_matplotlib_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-
-    with pytest.raises(ConfigError, match=r"sensitivity\.png must be drawn by matplotlib, .* pip install"):
-        draw_sensitivity(report_of(1), tmp_path / "sensitivity.png")
-    assert not list(tmp_path.iterdir())
+    check_that_matplotlib_is_named(
+        lambda path: draw_sensitivity(report_of(1), path), tmp_path / "sensitivity.png", monkeypatch
+    )
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_the_stage(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way of a folder")
-
-    with pytest.raises(StageError, match=r"sensitivity\.png must be writable"):
-        draw_sensitivity(report_of(1), tmp_path / "file" / "sensitivity.png")
+    check_that_it_must_be_writable(
+        lambda path: draw_sensitivity(report_of(1), path), tmp_path / "file" / "sensitivity.png"
+    )
